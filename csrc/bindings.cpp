@@ -1,0 +1,194 @@
+// The extension module: raw addresses in, kernels run, nothing of torch linked.
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/problem.h"
+
+namespace py = pybind11;
+
+namespace kd {
+
+void* thread_scratch(int64_t bytes) {
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  static thread_local std::unique_ptr<void, Free> memory;
+  static thread_local int64_t size = 0;
+  if (size < bytes) {
+    memory.reset();
+    size = 0;
+    const int64_t rounded = (bytes + 63) / 64 * 64;
+    memory.reset(std::aligned_alloc(64, static_cast<size_t>(rounded)));
+    if (!memory) return nullptr;
+    size = rounded;
+  }
+  return memory.get();
+}
+
+namespace {
+
+// The kernels of one instruction set.
+struct Kernels {
+  const char* name;
+  bool (*divergence)(const RowProblem&);
+  bool (*token_statistics)(const RowProblem&);
+};
+
+#define KD_KERNELS(isa) Kernels{#isa, isa::divergence, isa::token_statistics}
+
+bool processor_has(const std::string& isa) {
+#if defined(KD_HAVE_X86_ISAS)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == "avx2") return avx2;
+  if (isa == "avx512")
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+  return isa == "baseline";
+}
+
+const Kernels built[] = {
+#if defined(KD_HAVE_X86_ISAS)
+    KD_KERNELS(avx512), KD_KERNELS(avx2),
+#endif
+    KD_KERNELS(baseline)};
+
+// The best instruction set of this processor, or the one KDKERNELS_CPU_ISA names.
+const Kernels& choose() {
+  const char* forced = std::getenv("KDKERNELS_CPU_ISA");
+  if (forced && *forced) {
+    std::string names;
+    for (const Kernels& kernels : built) {
+      if (kernels.name == std::string(forced)) {
+        if (!processor_has(forced))
+          throw std::runtime_error(std::string("KDKERNELS_CPU_ISA=") + forced + ": this processor lacks it");
+        return kernels;
+      }
+      names += std::string(names.empty() ? "" : ", ") + kernels.name;
+    }
+    throw std::runtime_error(std::string("KDKERNELS_CPU_ISA=") + forced + " is not built; choose from " + names);
+  }
+  for (const Kernels& kernels : built)
+    if (processor_has(kernels.name)) return kernels;
+  throw std::runtime_error("no CPU kernels for this processor");
+}
+
+const Kernels& chosen() {
+  static const Kernels& kernels = choose();
+  return kernels;
+}
+
+using Address = uintptr_t;
+
+Matrix matrix(Address data, int64_t stride, int dtype) {
+  return {reinterpret_cast<void*>(data), stride, static_cast<DType>(dtype)};
+}
+
+PerRow per_row(double value, Address values) { return {reinterpret_cast<const void*>(values), value}; }
+
+void check_labels(const RowProblem& problem) {
+  if (!problem.labels) return;
+  for (int64_t row = 0; row < problem.rows; ++row) {
+    if (problem.active && !problem.active[row]) continue;
+    const int64_t label = problem.labels[row];
+    if (label < 0 || label >= problem.vocab)
+      throw py::value_error("labels: token " + std::to_string(row) + " has label " + std::to_string(label) +
+                            ", outside the vocabulary [0, " + std::to_string(problem.vocab) + ")");
+  }
+}
+
+void launch(bool (*kernel)(const RowProblem&), RowProblem& problem) {
+  check_labels(problem);
+  // Below this a second thread costs more than it brings.
+  if (problem.rows * problem.vocab < 32768) problem.threads = 1;
+  if (problem.rows < problem.threads) problem.threads = problem.rows < 1 ? 1 : static_cast<int>(problem.rows);
+  bool done;
+  {
+    py::gil_scoped_release release;
+    done = kernel(problem);
+  }
+  if (!done) throw std::bad_alloc();
+}
+
+RowProblem sides(int threads, bool compute_double, int64_t rows, int64_t vocab, const Matrix& student,
+                 const Matrix& teacher, const PerRow& student_temperature, const PerRow& teacher_temperature,
+                 double student_softcap, double teacher_softcap, Address labels, Address active) {
+  RowProblem problem;
+  problem.rows = rows;
+  problem.vocab = vocab;
+  problem.threads = threads;
+  problem.compute_double = compute_double;
+  problem.student = student;
+  problem.teacher = teacher;
+  problem.student_temperature = student_temperature;
+  problem.teacher_temperature = teacher_temperature;
+  problem.student_softcap = student_softcap;
+  problem.teacher_softcap = teacher_softcap;
+  problem.labels = reinterpret_cast<const int64_t*>(labels);
+  problem.active = reinterpret_cast<const uint8_t*>(active);
+  return problem;
+}
+
+void divergence(int threads, bool compute_double, int64_t rows, int64_t vocab, Address student, int64_t student_stride,
+                int student_dtype, Address teacher, int64_t teacher_stride, int teacher_dtype,
+                double student_temperature, Address student_temperatures, double teacher_temperature,
+                Address teacher_temperatures, double student_softcap, double teacher_softcap, Address labels,
+                Address active, int kind, double a, double b, Address divergence, Address cross_entropy,
+                Address grad_divergence, Address grad_cross_entropy, Address grad_student, int64_t grad_student_stride,
+                Address grad_teacher, int64_t grad_teacher_stride) {
+  RowProblem problem = sides(threads, compute_double, rows, vocab, matrix(student, student_stride, student_dtype),
+                             matrix(teacher, teacher_stride, teacher_dtype),
+                             per_row(student_temperature, student_temperatures),
+                             per_row(teacher_temperature, teacher_temperatures), student_softcap, teacher_softcap,
+                             labels, active);
+  problem.kind = kind;
+  problem.a = a;
+  problem.b = b;
+  problem.divergence = reinterpret_cast<void*>(divergence);
+  problem.cross_entropy = reinterpret_cast<void*>(cross_entropy);
+  problem.grad_divergence = reinterpret_cast<const void*>(grad_divergence);
+  problem.grad_cross_entropy = reinterpret_cast<const void*>(grad_cross_entropy);
+  problem.grad_student = matrix(grad_student, grad_student_stride, student_dtype);
+  problem.grad_teacher = matrix(grad_teacher, grad_teacher_stride, teacher_dtype);
+  launch(chosen().divergence, problem);
+}
+
+void token_statistics(int threads, bool compute_double, int64_t rows, int64_t vocab, Address student,
+                      int64_t student_stride, int student_dtype, Address teacher, int64_t teacher_stride,
+                      int teacher_dtype, double student_temperature, Address student_temperatures,
+                      double teacher_temperature, Address teacher_temperatures, double student_softcap,
+                      double teacher_softcap, Address labels, Address active, Address statistics, Address argmax) {
+  RowProblem problem = sides(threads, compute_double, rows, vocab, matrix(student, student_stride, student_dtype),
+                             matrix(teacher, teacher_stride, teacher_dtype),
+                             per_row(student_temperature, student_temperatures),
+                             per_row(teacher_temperature, teacher_temperatures), student_softcap, teacher_softcap,
+                             labels, active);
+  problem.statistics = reinterpret_cast<void*>(statistics);
+  problem.argmax = reinterpret_cast<int64_t*>(argmax);
+  launch(chosen().token_statistics, problem);
+}
+
+}  // namespace
+}  // namespace kd
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "CPU kernels of kdkernels. Addresses and sizes are trusted: call through kdkernels.backends.cpu.";
+  module.def("divergence", &kd::divergence);
+  module.def("token_statistics", &kd::token_statistics);
+  module.def("isa", [] { return kd::chosen().name; }, "Instruction set of the kernels in use.");
+  module.def(
+      "isas",
+      [] {
+        py::list names;
+        for (const kd::Kernels& kernels : kd::built)
+          if (kd::processor_has(kernels.name)) names.append(kernels.name);
+        return names;
+      },
+      "Instruction sets that are built and that this processor has, best first.");
+}

@@ -1,0 +1,485 @@
+// The `divergence` family on the CPU: value and gradients of a row in up to three sweeps.
+//
+// Sweep 1 reads both rows of logits from memory, finds the normalisers online and keeps the
+// exponentials, relative to the running maximum of their block, in a scratch row. Sweep 2 (mixture
+// and power forms) turns them into h_s, h_t and their sums. The last sweep writes the gradient.
+// Two rows of 150k floats fit the second-level cache, so only sweep 1 waits for memory, and no
+// exponential is computed twice. The gradient may be written over the logits.
+#include "math/divergence.h"
+
+#include <initializer_list>
+
+#include "cpu/row_blocks.h"
+
+namespace kd::KD_ISA {
+namespace {
+
+// The scratch rows of a thread.
+template <class Real>
+struct Scratch {
+  Real *student, *teacher;            // exponentials, later perhaps h_t / h_s
+  Real *student_terms, *teacher_terms;
+  Real *student_reference, *teacher_reference;  // what a block's exponentials are relative to
+
+  static constexpr int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }
+
+  // Both gradients of a two-sweep form need h_s and h_t beside p and q; else they share the rows.
+  static int64_t bytes(int64_t vocab, bool separate_terms) {
+    const int64_t blocks = (vocab + block_size - 1) / block_size;
+    return static_cast<int64_t>(sizeof(Real)) * ((separate_terms ? 4 : 2) * padded(vocab) + 2 * padded(blocks));
+  }
+
+  Scratch(void* memory, int64_t vocab, bool separate_terms) {
+    const int64_t row = padded(vocab), blocks = padded((vocab + block_size - 1) / block_size);
+    student = static_cast<Real*>(memory);
+    teacher = student + row;
+    student_terms = separate_terms ? teacher + row : teacher;
+    teacher_terms = separate_terms ? student_terms + row : student;
+    student_reference = (separate_terms ? teacher_terms : teacher) + row;
+    teacher_reference = student_reference + blocks;
+  }
+};
+
+template <class Real, Kind kind>
+class Row {
+  using Traits = math::Traits<kind>;
+  static constexpr bool renyi = kind == Kind::renyi;
+  static constexpr bool forward_sum = kind == Kind::forward_kl || kind == Kind::jeffreys;
+  static constexpr bool reverse_sum = kind == Kind::reverse_kl || kind == Kind::jeffreys;
+
+ public:
+  Row(const RowProblem& problem, const Scratch<Real>& scratch, int64_t row)
+      : problem_(problem),
+        scratch_(scratch),
+        row_(row),
+        student_(problem.student, row, problem.student_softcap, per_row<Real>(problem.student_temperature, row)),
+        teacher_(problem.teacher, row, problem.teacher_softcap, per_row<Real>(problem.teacher_temperature, row)),
+        a_(static_cast<Real>(problem.a)),
+        b_(static_cast<Real>(problem.b)),
+        label_temperature_differs_(problem.labels && student_.inverse_temperature != 1) {}
+
+  void run() {
+    const bool gradient = problem_.grad_student.data || problem_.grad_teacher.data;
+    if (gradient || Traits::two_sweeps) {
+      exponentials<true>();
+    } else {
+      exponentials<false>();
+    }
+    log_sum_student_ = student_.log_sum();
+    log_sum_teacher_ = teacher_.log_sum();
+    const double log_ratio = log_sum_teacher_ - log_sum_student_;
+    const double forward = forward_ / teacher_.sum - log_ratio;
+    const double reverse = reverse_ / student_.sum + log_ratio;
+    double value;
+    if constexpr (kind == Kind::forward_kl) {
+      value = forward;
+      sum_student_terms_ = -1;
+      sum_teacher_terms_ = forward;
+    } else if constexpr (kind == Kind::reverse_kl) {
+      value = reverse;
+      sum_student_terms_ = reverse;
+      sum_teacher_terms_ = -1;
+    } else if constexpr (kind == Kind::jeffreys) {
+      const double a = problem_.a;
+      value = a * forward + (1 - a) * reverse;
+      sum_student_terms_ = -a + (1 - a) * reverse;
+      sum_teacher_terms_ = a * forward - (1 - a);
+    } else if constexpr (renyi) {
+      log_affinity();
+      value = log_affinity_ / (problem_.a - 1);
+    } else {
+      mixture_terms(gradient);
+      value = math::value_from_sums<kind, double>(sum_student_terms_, sum_teacher_terms_, sum_value_, problem_.a,
+                                                  problem_.b);
+    }
+    if (problem_.divergence) static_cast<Real*>(problem_.divergence)[row_] = static_cast<Real>(value);
+    if (problem_.labels && problem_.cross_entropy)
+      static_cast<Real*>(problem_.cross_entropy)[row_] = static_cast<Real>(cross_entropy());
+    if (gradient) gradients();
+  }
+
+ private:
+  static constexpr Real log2_e = static_cast<Real>(Stream<Real>::log2_e);
+
+  // sum exp_x (x - y) over a block, x and y tempered and in log 2.
+  static double cross_sum(const Real* exp_x, const Stream<Real>& of_x, const Real* x, const Stream<Real>& of_y,
+                          const Real* y, int64_t n) {
+    const Real x_scale = of_x.scale, x_reference = of_x.reference, y_scale = of_y.scale, y_reference = of_y.reference;
+    Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) sum += exp_x[i] * ((x[i] * x_scale - x_reference) - (y[i] * y_scale - y_reference));
+    return sum;
+  }
+
+  template <class Body>
+  void for_blocks(Body body) const {
+    for (int64_t start = 0; start < problem_.vocab; start += block_size) {
+      const int64_t left = problem_.vocab - start;
+      body(start, left < block_size ? left : block_size);
+    }
+  }
+
+  // Sweep 1. The exponentials stay in the scratch rows if `keep`, else in the first-level cache.
+  template <bool keep>
+  void exponentials() {
+    alignas(64) Real student_buffer[block_size], teacher_buffer[block_size];
+    alignas(64) Real student_exp[block_size], teacher_exp[block_size];
+    for_blocks([&](int64_t start, int64_t n) {
+      const Real old_max = student_.max;
+      Range<Real> student_range, teacher_range;
+      const Real* s = student_.load(start, n, student_buffer, student_range);
+      const Real* t = teacher_.load(start, n, teacher_buffer, teacher_range);
+      const double old_student_sum = student_.sum, old_teacher_sum = teacher_.sum;
+      const double student_shift = student_.raise(student_range);
+      const double teacher_shift = teacher_.raise(teacher_range);
+      Real* exp_s = keep ? scratch_.student + start : student_exp;
+      Real* exp_t = keep ? scratch_.teacher + start : teacher_exp;
+      student_.exponentiate(s, start, n, problem_.vocab, exp_s);
+      teacher_.exponentiate(t, start, n, problem_.vocab, exp_t);
+      if constexpr (forward_sum) {
+        if (student_shift != 0 || teacher_shift != 0)
+          forward_ = (forward_ + old_teacher_sum * (teacher_shift - student_shift)) * std::exp2(teacher_shift);
+        forward_ += cross_sum(exp_t, teacher_, t, student_, s, n);
+      }
+      if constexpr (reverse_sum) {
+        if (student_shift != 0 || teacher_shift != 0)
+          reverse_ = (reverse_ + old_student_sum * (student_shift - teacher_shift)) * std::exp2(student_shift);
+        reverse_ += cross_sum(exp_s, student_, s, teacher_, t, n);
+      }
+      if constexpr (keep) {
+        scratch_.student_reference[start / block_size] = student_.reference;
+        scratch_.teacher_reference[start / block_size] = teacher_.reference;
+      }
+      if (label_temperature_differs_) {
+        const double fall = (static_cast<double>(old_max) - static_cast<double>(student_.max)) * Stream<Real>::log2_e;
+        label_sum_ = label_sum_ * std::exp2(fall) + exp2_block(s, n, log2_e, student_.max * log2_e, student_exp);
+      }
+    });
+    if (!label_temperature_differs_) label_sum_ = student_.sum;
+    forward_ *= Stream<Real>::log_2;
+    reverse_ *= Stream<Real>::log_2;
+  }
+
+  double cross_entropy() const {
+    const double top = static_cast<double>(label_temperature_differs_ ? student_.max * log2_e : student_.reference);
+    return std::log(label_sum_) - (student_.logit(problem_.labels[row_]) * log2_e - top) * Stream<Real>::log_2;
+  }
+
+  // What turns the exponentials kept for a block into probabilities.
+  static Real probability_scale(const Stream<Real>& stream, Real block_reference) {
+    const double shift = static_cast<double>(block_reference) - static_cast<double>(stream.reference);
+    return static_cast<Real>((shift == 0 ? 1.0 : std::exp2(shift)) / stream.sum);
+  }
+
+  void load_log_probabilities(int64_t start, int64_t n, Real* student_logs, Real* teacher_logs) const {
+    student_.log_probabilities(student_.load(start, n, student_logs), n, student_logs);
+    teacher_.log_probabilities(teacher_.load(start, n, teacher_logs), n, teacher_logs);
+  }
+
+  // Sweep 2 of the additive forms.
+  void mixture_terms(bool gradient) {
+    if constexpr (Traits::two_sweeps && !renyi) {
+      alignas(64) Real student_logs[block_size], teacher_logs[block_size];
+      const bool keep_student = gradient && problem_.grad_student.data;
+      const bool keep_teacher = gradient && problem_.grad_teacher.data;
+      for_blocks([&](int64_t start, int64_t n) {
+        if constexpr (Traits::logs_for_terms) load_log_probabilities(start, n, student_logs, teacher_logs);
+        const Real student_scale = probability_scale(student_, scratch_.student_reference[start / block_size]);
+        const Real teacher_scale = probability_scale(teacher_, scratch_.teacher_reference[start / block_size]);
+        const Real* student_kept = scratch_.student + start;
+        const Real* teacher_kept = scratch_.teacher + start;
+        const Real a = a_, b = b_;
+        alignas(64) Real student_terms[block_size], teacher_terms[block_size];
+        Real sum_student = 0, sum_teacher = 0, sum_value = 0;
+#pragma omp simd reduction(+ : sum_student, sum_teacher, sum_value)
+        for (int64_t i = 0; i < n; ++i) {
+          const auto h = math::terms<kind, Real>(teacher_kept[i] * teacher_scale, student_kept[i] * student_scale,
+                                                 teacher_logs[i], student_logs[i], a, b);
+          sum_student += h.student;
+          sum_teacher += h.teacher;
+          sum_value += h.value;
+          student_terms[i] = h.student;
+          teacher_terms[i] = h.teacher;
+        }
+        sum_student_terms_ += sum_student;
+        sum_teacher_terms_ += sum_teacher;
+        sum_value_ += sum_value;
+        // These rows may be those of the exponentials, which this block has finished with.
+        if (keep_student) std::memcpy(scratch_.student_terms + start, student_terms, n * sizeof(Real));
+        if (keep_teacher) std::memcpy(scratch_.teacher_terms + start, teacher_terms, n * sizeof(Real));
+      });
+    }
+  }
+
+  // Sweep 2 of the Renyi divergence: log sum_v p^a q^(1-a), online.
+  void log_affinity() {
+    alignas(64) Real student_logs[block_size], teacher_logs[block_size];
+    double max = -1e300, sum = 0;
+    for_blocks([&](int64_t start, int64_t n) {
+      load_log_probabilities(start, n, student_logs, teacher_logs);
+      const Real a = a_;
+      Real block_max = static_cast<Real>(-1e30);
+#pragma omp simd reduction(max : block_max)
+      for (int64_t i = 0; i < n; ++i) {
+        const Real x = a * teacher_logs[i] + (Real(1) - a) * student_logs[i];
+        student_logs[i] = x;
+        block_max = block_max < x ? x : block_max;
+      }
+      Real block_sum = 0;
+#pragma omp simd reduction(+ : block_sum)
+      for (int64_t i = 0; i < n; ++i) block_sum += math::exp(student_logs[i] - block_max);
+      if (block_max > max) {
+        sum *= std::exp(max - block_max);
+        max = block_max;
+      }
+      sum += block_sum * std::exp(block_max - max);
+    });
+    log_affinity_ = max + std::log(sum);
+  }
+
+  // The last sweep: writes the gradients.
+  void gradients() const {
+    const bool to_student = problem_.grad_student.data, to_teacher = problem_.grad_teacher.data;
+    const Real upstream = problem_.grad_divergence ? static_cast<const Real*>(problem_.grad_divergence)[row_] : Real(0);
+    const Real label_upstream =
+        problem_.grad_cross_entropy ? static_cast<const Real*>(problem_.grad_cross_entropy)[row_] : Real(0);
+    const bool label_softmax_apart = label_temperature_differs_ && label_upstream != Real(0);
+    const bool logs = (to_student && Traits::logs_for_student_gradient) || (to_teacher && Traits::logs_for_teacher_gradient);
+    const bool compute_logs = logs && (renyi || !Traits::two_sweeps);
+    const bool raw = compute_logs || label_softmax_apart || student_.masked || teacher_.masked ||
+                     student_.softcap != Real(0) || teacher_.softcap != Real(0);
+    // A single gradient of the compute type is written in place, without a copy through the block.
+    const bool direct_student =
+        to_student && !to_teacher && is_compute_type(problem_.grad_student) && !streams(problem_.grad_student);
+    const bool direct_teacher =
+        to_teacher && !to_student && is_compute_type(problem_.grad_teacher) && !streams(problem_.grad_teacher);
+    for_blocks([&](int64_t start, int64_t n) {
+      alignas(64) Real student_block[block_size], teacher_block[block_size];
+      alignas(64) Real student_logs[block_size], teacher_logs[block_size];
+      const Real *s = nullptr, *t = nullptr;
+      if (raw) {
+        s = student_.load(start, n, student_block);
+        t = teacher_.load(start, n, teacher_block);
+      }
+      if (compute_logs) {
+        student_.log_probabilities(s, n, student_logs);
+        teacher_.log_probabilities(t, n, teacher_logs);
+      }
+      const Real student_scale = probability_scale(student_, scratch_.student_reference[start / block_size]);
+      const Real teacher_scale = probability_scale(teacher_, scratch_.teacher_reference[start / block_size]);
+      // Both gradients read both rows of logits: compute all before storing, in case they overlap.
+      alignas(64) Real student_buffer[block_size], teacher_buffer[block_size];
+      Real* student_out = direct_student ? destination(problem_.grad_student, start) : student_buffer;
+      Real* teacher_out = direct_teacher ? destination(problem_.grad_teacher, start) : teacher_buffer;
+      if (to_teacher) {
+        teacher_gradient(start, n, static_cast<Real>(upstream * teacher_.inverse_temperature), student_scale, teacher_scale, student_logs,
+                         teacher_logs, teacher_out);
+        through_clamp_and_softcap(teacher_, n, t, teacher_out);
+      }
+      if (to_student) {
+        const Real own = label_softmax_apart ? Real(0) : label_upstream;
+        student_gradient(start, n, static_cast<Real>(upstream * student_.inverse_temperature), own, student_scale, teacher_scale,
+                         student_logs, teacher_logs, student_out);
+        if (label_softmax_apart) {
+          const Real scale = static_cast<Real>(label_upstream / label_sum_);
+          exp2_block(s, n, log2_e, student_.max * log2_e, student_logs);  // whose logs have served
+#pragma omp simd
+          for (int64_t i = 0; i < n; ++i) student_out[i] += scale * student_logs[i];
+        }
+        if (label_upstream != Real(0)) {
+          const int64_t label = problem_.labels[row_] - start;
+          if (label >= 0 && label < n) student_out[label] -= label_upstream;
+        }
+        through_clamp_and_softcap(student_, n, s, student_out);
+      }
+      if (to_student && !direct_student) store(problem_.grad_student, start, n, student_out);
+      if (to_teacher && !direct_teacher) store(problem_.grad_teacher, start, n, teacher_out);
+    });
+  }
+
+  static bool is_compute_type(const Matrix& matrix) {
+    return matrix.dtype == (sizeof(Real) == 4 ? DType::float32 : DType::float64);
+  }
+
+  // A large gradient with a place of its own leaves the caches alone.
+  bool streams(const Matrix& gradient) const {
+    constexpr int64_t cached_bytes = 4 << 20;
+    return sizeof(Real) == 4 && gradient.dtype == DType::float32 && gradient.data != problem_.student.data &&
+           gradient.data != problem_.teacher.data && problem_.rows * problem_.vocab * 4 > cached_bytes;
+  }
+
+  Real* destination(const Matrix& matrix, int64_t start) const {
+    return reinterpret_cast<Real*>(entry_address(matrix, row_, start));
+  }
+
+  void store(const Matrix& matrix, int64_t start, int64_t n, const Real* block) const {
+    if constexpr (sizeof(Real) == 4) {
+      if (streams(matrix)) {
+        stream_block(block, n, destination(matrix, start));
+        return;
+      }
+    }
+    store_block(block, n, entry_address(matrix, row_, start), matrix.dtype);
+  }
+
+  // From the gradient to the clamped logit, to that of the logit itself.
+  static void through_clamp_and_softcap(const Stream<Real>& stream, int64_t n, const Real* block, Real* gradient) {
+    if (stream.masked) {
+      constexpr Real floor = static_cast<Real>(logit_floor);
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) gradient[i] = block[i] <= floor ? Real(0) : gradient[i];
+    }
+    if (stream.softcap != Real(0)) {
+      const Real inverse = Real(1) / stream.softcap;
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        const Real ratio = block[i] * inverse;
+        gradient[i] *= Real(1) - ratio * ratio;
+      }
+    }
+  }
+
+  // scale * (h_s - q H_s) + label_scale * q
+  KD_INLINE void student_gradient(int64_t start, int64_t n, Real scale, Real label_scale, Real student_scale,
+                                  Real teacher_scale, const Real* student_logs, const Real* teacher_logs,
+                                  Real* __restrict out) const {
+    const Real* kept = scratch_.student + start;
+    if constexpr (renyi) {
+      const Real shift = static_cast<Real>(log_affinity_), a = a_;
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        const Real r = math::exp(a * teacher_logs[i] + (Real(1) - a) * student_logs[i] - shift);
+        const Real q = kept[i] * student_scale;
+        out[i] = scale * (q - r) + label_scale * q;
+      }
+    } else {
+      const Real own = label_scale - scale * static_cast<Real>(sum_student_terms_);
+      if constexpr (Traits::two_sweeps) {
+        const Real* terms = scratch_.student_terms + start;
+        const Real own_kept = own * student_scale;
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) out[i] = scale * terms[i] + own_kept * kept[i];
+      } else if constexpr (kind == Kind::forward_kl) {
+        const Real* teacher_kept = scratch_.teacher + start;
+        const Real own_kept = own * student_scale, other_kept = -scale * teacher_scale;
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) out[i] = own_kept * kept[i] + other_kept * teacher_kept[i];
+      } else {
+        const Real* teacher_kept = scratch_.teacher + start;
+        const Real a = a_, b = b_;
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) {
+          const Real q = kept[i] * student_scale;
+          const auto h = math::terms<kind, Real>(teacher_kept[i] * teacher_scale, q, teacher_logs[i], student_logs[i], a, b);
+          out[i] = scale * h.student + own * q;
+        }
+      }
+    }
+  }
+
+  // scale * (h_t - p H_t)
+  KD_INLINE void teacher_gradient(int64_t start, int64_t n, Real scale, Real student_scale, Real teacher_scale,
+                                  const Real* student_logs, const Real* teacher_logs, Real* __restrict out) const {
+    const Real* kept = scratch_.teacher + start;
+    if constexpr (renyi) {
+      const Real shift = static_cast<Real>(log_affinity_), a = a_;
+      const Real factor = scale * a / (a - Real(1));
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        const Real r = math::exp(a * teacher_logs[i] + (Real(1) - a) * student_logs[i] - shift);
+        out[i] = factor * (r - kept[i] * teacher_scale);
+      }
+    } else {
+      const Real own = -scale * static_cast<Real>(sum_teacher_terms_);
+      if constexpr (Traits::two_sweeps) {
+        const Real* terms = scratch_.teacher_terms + start;
+        const Real own_kept = own * teacher_scale;
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) out[i] = scale * terms[i] + own_kept * kept[i];
+      } else {
+        const Real* student_kept = scratch_.student + start;
+        const Real a = a_, b = b_;
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) {
+          const Real p = kept[i] * teacher_scale;
+          const auto h = math::terms<kind, Real>(p, student_kept[i] * student_scale, teacher_logs[i], student_logs[i], a, b);
+          out[i] = scale * h.teacher + own * p;
+        }
+      }
+    }
+  }
+
+  const RowProblem& problem_;
+  const Scratch<Real>& scratch_;
+  int64_t row_;
+  Stream<Real> student_, teacher_;
+  Real a_, b_;
+  bool label_temperature_differs_;
+  double forward_ = 0, reverse_ = 0;  // sum exp(t) (t - s), sum exp(s) (s - t), relative to the maxima
+  double label_sum_ = 0;              // sum exp(s - max) at temperature 1
+  double log_sum_student_ = 0, log_sum_teacher_ = 0;
+  double sum_student_terms_ = 0, sum_teacher_terms_ = 0, sum_value_ = 0;
+  double log_affinity_ = 0;
+};
+
+void clear_row(const RowProblem& problem, int64_t row) {
+  const int64_t size = problem.compute_double ? 8 : 4;
+  if (problem.divergence) std::memset(static_cast<char*>(problem.divergence) + row * size, 0, size);
+  if (problem.cross_entropy) std::memset(static_cast<char*>(problem.cross_entropy) + row * size, 0, size);
+  for (const Matrix& gradient : {problem.grad_student, problem.grad_teacher})
+    if (gradient.data) std::memset(entry_address(gradient, row, 0), 0, problem.vocab * dtype_size(gradient.dtype));
+}
+
+template <class Real, Kind kind>
+bool run(const RowProblem& problem) {
+  const bool separate_terms = math::Traits<kind>::two_sweeps && problem.grad_student.data && problem.grad_teacher.data;
+  const int64_t bytes = Scratch<Real>::bytes(problem.vocab, separate_terms);
+  // Small rows go to a thread in groups, so that handing them out costs little.
+  const int64_t group = problem.vocab >= 16384 ? 1 : 16384 / problem.vocab + 1;
+  int failed = 0;
+#pragma omp parallel num_threads(problem.threads) if (problem.threads > 1)
+  {
+    void* memory = thread_scratch(bytes);
+    if (!memory) {
+#pragma omp atomic write
+      failed = 1;
+    }
+    const Scratch<Real> scratch(memory, problem.vocab, separate_terms);
+#pragma omp for schedule(dynamic, group)
+    for (int64_t row = 0; row < problem.rows; ++row) {
+      if (!memory) continue;
+      if (problem.active && !problem.active[row]) {
+        clear_row(problem, row);
+      } else {
+        Row<Real, kind>(problem, scratch, row).run();
+      }
+    }
+    stream_fence();
+  }
+  return !failed;
+}
+
+template <class Real>
+bool run_kind(const RowProblem& problem) {
+  switch (static_cast<Kind>(problem.kind)) {
+    case Kind::forward_kl: return run<Real, Kind::forward_kl>(problem);
+    case Kind::reverse_kl: return run<Real, Kind::reverse_kl>(problem);
+    case Kind::jeffreys: return run<Real, Kind::jeffreys>(problem);
+    case Kind::jsd: return run<Real, Kind::jsd>(problem);
+    case Kind::skew_forward_kl: return run<Real, Kind::skew_forward_kl>(problem);
+    case Kind::skew_reverse_kl: return run<Real, Kind::skew_reverse_kl>(problem);
+    case Kind::total_variation: return run<Real, Kind::total_variation>(problem);
+    case Kind::alpha: return run<Real, Kind::alpha>(problem);
+    case Kind::renyi: return run<Real, Kind::renyi>(problem);
+    case Kind::alpha_beta: return run<Real, Kind::alpha_beta>(problem);
+  }
+  return false;
+}
+
+}  // namespace
+
+bool divergence(const RowProblem& problem) {
+  return problem.compute_double ? run_kind<double>(problem) : run_kind<float>(problem);
+}
+
+}  // namespace kd::KD_ISA

@@ -1,0 +1,72 @@
+// What the Python side hands to the CPU kernels: addresses, sizes and options, already checked.
+#pragma once
+
+#include <cstdint>
+
+namespace kd {
+
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
+
+// A row-major [rows, vocab] array. `data` may be null where a gradient is not wanted.
+struct Matrix {
+  void* data = nullptr;
+  int64_t stride = 0;  // elements from one row to the next
+  DType dtype = DType::float32;
+};
+
+// One number for every row, or one number per row.
+struct PerRow {
+  const void* values = nullptr;  // of the compute type, or null
+  double value = 0;
+};
+
+// Rows of the `divergence` and `token_statistics` families. Arrays whose element type is not said
+// hold the compute type: double if either side is float64, else float.
+struct RowProblem {
+  int64_t rows = 0;
+  int64_t vocab = 0;
+  int threads = 1;
+  bool compute_double = false;
+
+  Matrix student;
+  Matrix teacher;  // data may be null in token_statistics
+  PerRow student_temperature;
+  PerRow teacher_temperature;
+  double student_softcap = 0;  // 0: none
+  double teacher_softcap = 0;
+  const int64_t* labels = nullptr;  // null: no hard-label term
+  const uint8_t* active = nullptr;  // null: every row counts
+
+  int kind = 0;
+  double a = 0;
+  double b = 0;
+
+  void* divergence = nullptr;     // [rows]
+  void* cross_entropy = nullptr;  // [rows] if labels
+  const void* grad_divergence = nullptr;
+  const void* grad_cross_entropy = nullptr;
+  Matrix grad_student;  // may share the storage of student
+  Matrix grad_teacher;  // may share the storage of teacher
+
+  void* statistics = nullptr;       // [rows, statistics_count]
+  int64_t* argmax = nullptr;        // [rows, 2]
+};
+
+constexpr int statistics_count = 10;
+
+// A buffer of this thread, at least `bytes` long and aligned to 64; it is kept between calls.
+// Null if there is no memory.
+void* thread_scratch(int64_t bytes);
+
+// One entry point per instruction set and family. False: out of memory.
+#define KD_DECLARE_CPU_KERNELS(isa)              \
+  namespace isa {                                \
+  bool divergence(const RowProblem& problem);       \
+  bool token_statistics(const RowProblem& problem); \
+  }
+KD_DECLARE_CPU_KERNELS(baseline)
+KD_DECLARE_CPU_KERNELS(avx2)
+KD_DECLARE_CPU_KERNELS(avx512)
+#undef KD_DECLARE_CPU_KERNELS
+
+}  // namespace kd

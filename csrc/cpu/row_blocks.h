@@ -1,0 +1,322 @@
+// A row is read and written in blocks that stay in the first-level cache, converted to the compute
+// type on the way. So the arithmetic is written once, for float and double.
+#pragma once
+
+#include <cmath>
+
+#include "cpu/problem.h"
+#include "math/elementary.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace kd::KD_ISA {
+
+constexpr int64_t block_size = 1024;
+
+// Logits are clamped here before anything else, so that a masked entry (-inf, or the lowest finite
+// number) has probability 0 and every quantity stays finite. NaN stays NaN.
+constexpr double logit_floor = -1e5;
+
+KD_INLINE float half_to_float(uint16_t bits) {
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
+  const uint32_t magnitude = bits & 0x7FFFu;
+  // Rebias by multiplication, which also normalises subnormals.
+  const float scaled = math::bit_cast<float>(magnitude << 13) * 5.192296858534828e33f;  // 2^112
+  const uint32_t finite = math::bit_cast<uint32_t>(scaled);
+  const uint32_t special = (magnitude << 13) | 0x7F800000u;
+  return math::bit_cast<float>(sign | (magnitude >= 0x7C00u ? special : finite));
+}
+
+KD_INLINE uint16_t float_to_half(float value) {
+  const uint32_t bits = math::bit_cast<uint32_t>(value);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  const uint32_t magnitude = bits & 0x7FFFFFFFu;
+  if (magnitude > 0x7F800000u) return sign | 0x7E00u;
+  if (magnitude >= 0x477FF000u) return sign | 0x7C00u;  // rounds to 65536 or more
+  if (magnitude < 0x38800000u) {                        // subnormal: let the adder round
+    const float rounded = math::bit_cast<float>(magnitude) + 0.5f;
+    return sign | static_cast<uint16_t>(math::bit_cast<uint32_t>(rounded) - 0x3F000000u);
+  }
+  const uint32_t odd = (magnitude >> 13) & 1u;
+  return sign | static_cast<uint16_t>((magnitude - 0x38000000u + 0xFFFu + odd) >> 13);
+}
+
+KD_INLINE float bfloat_to_float(uint16_t bits) { return math::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+
+KD_INLINE uint16_t float_to_bfloat(float value) {
+  const uint32_t bits = math::bit_cast<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>(value != value ? 0x7FC0u : rounded);
+}
+
+// Converts `n` entries from `source` to `block`.
+template <class Real>
+inline void convert_block(const void* source, DType dtype, int64_t n, Real* __restrict block) {
+  switch (dtype) {
+    case DType::float32: {
+      const float* x = static_cast<const float*>(source);
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) block[i] = static_cast<Real>(x[i]);
+      break;
+    }
+    case DType::bfloat16: {
+      const uint16_t* x = static_cast<const uint16_t*>(source);
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) block[i] = static_cast<Real>(bfloat_to_float(x[i]));
+      break;
+    }
+    case DType::float16: {
+      const uint16_t* x = static_cast<const uint16_t*>(source);
+      int64_t i = 0;
+#if defined(__F16C__)
+      if constexpr (sizeof(Real) == 4) {
+        for (; i + 8 <= n; i += 8)
+          _mm256_storeu_ps(block + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
+      }
+#endif
+      for (; i < n; ++i) block[i] = static_cast<Real>(half_to_float(x[i]));
+      break;
+    }
+    case DType::float64: {
+      const double* x = static_cast<const double*>(source);
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) block[i] = static_cast<Real>(x[i]);
+      break;
+    }
+  }
+}
+
+// Writes `block` to `destination`, rounding to nearest even.
+template <class Real>
+inline void store_block(const Real* __restrict block, int64_t n, void* destination, DType dtype) {
+  switch (dtype) {
+    case DType::float32: {
+      float* x = static_cast<float*>(destination);
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) x[i] = static_cast<float>(block[i]);
+      break;
+    }
+    case DType::bfloat16: {
+      uint16_t* x = static_cast<uint16_t*>(destination);
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) x[i] = float_to_bfloat(static_cast<float>(block[i]));
+      break;
+    }
+    case DType::float16: {
+      uint16_t* x = static_cast<uint16_t*>(destination);
+      int64_t i = 0;
+#if defined(__F16C__)
+      if constexpr (sizeof(Real) == 4) {
+        for (; i + 8 <= n; i += 8)
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(x + i), _mm256_cvtps_ph(_mm256_loadu_ps(block + i), 0));
+      }
+#endif
+      for (; i < n; ++i) x[i] = float_to_half(static_cast<float>(block[i]));
+      break;
+    }
+    case DType::float64: {
+      double* x = static_cast<double*>(destination);
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) x[i] = static_cast<double>(block[i]);
+      break;
+    }
+  }
+}
+
+// Copies a block around the cache, for results nobody reads soon: the destination's lines need not be
+// fetched first. Takes effect after stream_fence.
+inline void stream_block(const float* __restrict block, int64_t n, float* __restrict destination) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i < n && reinterpret_cast<uintptr_t>(destination + i) % 64; ++i) destination[i] = block[i];
+  for (; i + 16 <= n; i += 16) _mm512_stream_ps(destination + i, _mm512_loadu_ps(block + i));
+#elif defined(__AVX__)
+  for (; i < n && reinterpret_cast<uintptr_t>(destination + i) % 32; ++i) destination[i] = block[i];
+  for (; i + 8 <= n; i += 8) _mm256_stream_ps(destination + i, _mm256_loadu_ps(block + i));
+#endif
+  for (; i < n; ++i) destination[i] = block[i];
+}
+
+inline void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+constexpr int64_t dtype_size(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+inline char* entry_address(const Matrix& matrix, int64_t row, int64_t column) {
+  return static_cast<char*>(matrix.data) + (row * matrix.stride + column) * dtype_size(matrix.dtype);
+}
+
+template <class Real>
+inline Real per_row(const PerRow& number, int64_t row) {
+  return number.values ? static_cast<const Real*>(number.values)[row] : static_cast<Real>(number.value);
+}
+
+template <class Real>
+struct Range {
+  Real min, max;
+};
+
+template <class Real>
+inline Range<Real> range_of(const Real* block, int64_t n) {
+  Real max = static_cast<Real>(logit_floor), min = -max;
+#pragma omp simd reduction(max : max) reduction(min : min)
+  for (int64_t i = 0; i < n; ++i) {
+    max = max < block[i] ? block[i] : max;
+    min = min > block[i] ? block[i] : min;
+  }
+  return {min, max};
+}
+
+// out = 2^(block * scale - offset); returns the sum. While it computes, memory works: `upcoming`, as
+// many bytes per entry as `block` was loaded from, is fetched for the next block.
+template <class Real>
+inline Real exp2_block(const Real* __restrict block, int64_t n, Real scale, Real offset, Real* __restrict out,
+                       const char* upcoming = nullptr, int64_t upcoming_bytes = 0) {
+  for (int64_t i = 0; i < upcoming_bytes; i += 64) __builtin_prefetch(upcoming + i, 0, 2);
+  Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    const Real e = math::exp2(block[i] * scale - offset);
+    out[i] = e;
+    sum += e;
+  }
+  return sum;
+}
+
+#if defined(__AVX512DQ__)
+// Half the instructions of the portable form: the fraction and the scaling by a power of two are
+// one instruction each. The polynomial is a minimax fit on [0, 1], relative error 2e-9.
+template <>
+inline float exp2_block<float>(const float* __restrict block, int64_t n, float scale, float offset,
+                               float* __restrict out, const char* upcoming, int64_t upcoming_bytes) {
+  const __m512 factor = _mm512_set1_ps(scale), shift = _mm512_set1_ps(offset);
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t i = 0; i < n; i += 16) {
+    if (i * 4 < upcoming_bytes) __builtin_prefetch(upcoming + i * 4, 0, 2);
+    const __mmask16 lanes = n - i >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << (n - i)) - 1u);
+    const __m512 x = _mm512_fmsub_ps(_mm512_maskz_loadu_ps(lanes, block + i), factor, shift);
+    const __m512 r = _mm512_maskz_reduce_ps(lanes, x, _MM_FROUND_TO_NEG_INF);
+    __m512 poly = _mm512_set1_ps(0.000216129159441f);
+    poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(0.00124678461739f));
+    poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(0.00967545159359f));
+    poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(0.0554852806079f));
+    poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(0.240229305554f));
+    poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(0.693147044443f));
+    poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(1.0f));
+    const __m512 e = _mm512_maskz_scalef_ps(lanes, poly, x);
+    _mm512_mask_storeu_ps(out + i, lanes, e);
+    sum = _mm512_add_ps(sum, e);
+  }
+  alignas(64) float lane_sums[16];
+  _mm512_store_ps(lane_sums, sum);
+  float total = 0;
+  for (float lane_sum : lane_sums) total += lane_sum;
+  return total;
+}
+#endif
+
+// One side of a row: where its logits are, and the state of its softmax as the row streams by.
+//
+// Tempered logits are kept in units of log 2, as x * scale - reference; the reference follows the
+// running maximum. It is rounded once and used everywhere, so the result does not depend on it.
+template <class Real>
+struct Stream {
+  Matrix matrix;
+  int64_t row;
+  Real softcap;
+  double inverse_temperature;
+  Real scale;              // log2(e) / temperature
+  Real max = static_cast<Real>(logit_floor);  // of the raw logits seen so far
+  Real reference;          // max * scale
+  double sum = 0;          // of 2^(x * scale - reference)
+  bool masked = false;     // some entry lay below logit_floor
+
+  static constexpr double log2_e = 1.4426950408889634074;
+  static constexpr double log_2 = 0.69314718055994530942;
+
+  Stream(const Matrix& matrix, int64_t row, double softcap, double temperature)
+      : matrix(matrix),
+        row(row),
+        softcap(static_cast<Real>(softcap)),
+        inverse_temperature(1 / temperature),
+        scale(static_cast<Real>(log2_e / temperature)),
+        reference(max * scale) {}
+
+  // A block of logits, softcapped and clamped: `buffer`, or the row itself where nothing need be done.
+  const Real* load(int64_t column, int64_t n, Real* buffer, Range<Real>& range) const {
+    const void* source = entry_address(matrix, row, column);
+    const Real* block = buffer;
+    if (softcap == Real(0) && matrix.dtype == (sizeof(Real) == 4 ? DType::float32 : DType::float64)) {
+      block = static_cast<const Real*>(source);
+    } else {
+      convert_block(source, matrix.dtype, n, buffer);
+      if (softcap != Real(0)) {
+        const Real inverse = Real(1) / softcap, cap = softcap;
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) buffer[i] = cap * math::tanh(buffer[i] * inverse);
+      }
+    }
+    range = range_of(block, n);
+    constexpr Real floor = static_cast<Real>(logit_floor);
+    if (range.min < floor) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) buffer[i] = block[i] < floor ? floor : block[i];
+      block = buffer;
+    }
+    return block;
+  }
+
+  // Replaces a block by the exponentials of its entries, in `out`, and adds them to the sum.
+  void exponentiate(const Real* block, int64_t column, int64_t n, int64_t vocab, Real* out) {
+    const int64_t left = vocab - column - n;
+    const char* upcoming = entry_address(matrix, row, column + n);
+    sum += exp2_block(block, n, scale, reference, out, upcoming,
+                      (left < block_size ? left : block_size) * dtype_size(matrix.dtype));
+  }
+
+  const Real* load(int64_t column, int64_t n, Real* buffer) const {
+    Range<Real> range;
+    return load(column, n, buffer, range);
+  }
+
+  double logit(int64_t column) const {
+    Real buffer = 0;
+    return static_cast<double>(*load(column, 1, &buffer));
+  }
+
+  // Raises the reference to a new maximum; returns by how much (in log 2, <= 0) what was relative to it falls.
+  double raise(Range<Real> block) {
+    masked = masked || block.min <= static_cast<Real>(logit_floor);
+    if (!(block.max > max)) return 0;
+    const Real old_reference = reference;
+    max = block.max;
+    reference = max * scale;
+    const double shift = static_cast<double>(old_reference) - static_cast<double>(reference);
+    sum *= std::exp2(shift);
+    return shift;
+  }
+
+  double log_sum() const { return std::log(sum); }
+  double log_normaliser() const { return static_cast<double>(reference) * log_2 + log_sum(); }
+
+  // log softmax at one logit.
+  double log_probability(double logit) const {
+    return (logit * static_cast<double>(scale) - static_cast<double>(reference)) * log_2 - log_sum();
+  }
+
+  // out = log softmax of a block of logits.
+  void log_probabilities(const Real* block, int64_t n, Real* out) const {
+    const Real factor = scale, shift = reference, log_total = static_cast<Real>(log_sum());
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = (block[i] * factor - shift) * Real(log_2) - log_total;
+  }
+};
+
+}  // namespace kd::KD_ISA

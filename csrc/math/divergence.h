@@ -1,0 +1,106 @@
+// Every divergence as two functions of the probabilities at one vocabulary entry.
+//
+// With p = softmax(teacher), q = softmax(student) and D = sum_v f(p_v, q_v):
+//     h_s = q * df/dq,   H_s = sum_v h_s,   dD/d(student logit) = (h_s - q * H_s) / temperature
+//     h_t = p * df/dp,   H_t = sum_v h_t,   dD/d(teacher logit) = (h_t - p * H_t) / temperature
+// The gradient does not change when c * q is added to h_s (and c to H_s), which is used below to
+// drop terms. Where f is homogeneous of degree k in (p, q), D = (H_s + H_t) / k for the full h.
+#pragma once
+
+#include "math/elementary.h"
+
+namespace kd {
+
+// The numbering is shared with kdkernels/divergences.py and triton_kernels/divergence.py.
+enum class Kind : int {
+  forward_kl = 0,
+  reverse_kl = 1,
+  jeffreys = 2,              // a: weight of the forward KL
+  jsd = 3,                   // a: beta, m = a p + (1 - a) q
+  skew_forward_kl = 4,       // a: alpha, m = a p + (1 - a) q
+  skew_reverse_kl = 5,       // a: alpha, m = (1 - a) p + a q
+  total_variation = 6,
+  alpha = 7,                 // a: alpha, b: factor in front
+  renyi = 8,                 // a: order
+  alpha_beta = 9,            // a, b: both exponents
+};
+constexpr int kind_count = 10;
+
+namespace KD_ISA::math {
+
+// Which of its inputs a form reads, so that the others are never loaded or computed.
+template <Kind kind>
+struct Traits {
+  // The value needs a second sweep, after both normalisers are known.
+  static constexpr bool two_sweeps = static_cast<int>(kind) >= static_cast<int>(Kind::jsd);
+  // h reads log p and log q rather than p and q alone.
+  static constexpr bool logs_for_terms = static_cast<int>(kind) >= static_cast<int>(Kind::alpha);
+  static constexpr bool logs_for_student_gradient =
+      logs_for_terms || kind == Kind::reverse_kl || kind == Kind::jeffreys;
+  static constexpr bool logs_for_teacher_gradient =
+      logs_for_terms || kind == Kind::forward_kl || kind == Kind::jeffreys;
+};
+
+template <class Real>
+struct Terms {
+  Real student;  // h_s
+  Real teacher;  // h_t
+  Real value;    // f, where it is not (h_s + h_t)
+};
+
+// The largest exponent that a power form may reach: it saturates instead of overflowing.
+template <class Real>
+constexpr Real saturation = Real(60);
+
+template <Kind kind, class Real>
+KD_INLINE Terms<Real> terms(Real p, Real q, Real log_p, Real log_q, Real a, Real b) {
+  constexpr Real tiny = sizeof(Real) == 4 ? Real(1.2e-38) : Real(2.3e-308);
+  const auto positive = [](Real x) { return x < tiny ? tiny : x; };
+  const Real one = Real(1);
+  if constexpr (kind == Kind::forward_kl) {
+    return {-p, p * (log_p - log_q), Real(0)};
+  } else if constexpr (kind == Kind::reverse_kl) {
+    return {q * (log_q - log_p), -q, Real(0)};
+  } else if constexpr (kind == Kind::jeffreys) {
+    const Real d = log_p - log_q;
+    return {-a * p - (one - a) * q * d, a * p * d - (one - a) * q, Real(0)};
+  } else if constexpr (kind == Kind::jsd) {
+    const Real inverse_m = one / positive(a * p + (one - a) * q);
+    return {(one - a) * q * log(positive(q * inverse_m)), a * p * log(positive(p * inverse_m)), Real(0)};
+  } else if constexpr (kind == Kind::skew_forward_kl) {
+    const Real ratio = p / positive(a * p + (one - a) * q);
+    const Real value = p * log(positive(ratio));
+    return {(a - one) * q * ratio, value - a * p * ratio, value};
+  } else if constexpr (kind == Kind::skew_reverse_kl) {
+    const Real ratio = q / positive((one - a) * p + a * q);
+    const Real value = q * log(positive(ratio));
+    return {value - a * q * ratio, (a - one) * p * ratio, value};
+  } else if constexpr (kind == Kind::total_variation) {
+    const Real half_sign = q > p ? Real(0.5) : (q < p ? Real(-0.5) : (q - p));  // NaN passes through
+    return {q * half_sign, -p * half_sign, Real(0)};
+  } else if constexpr (kind == Kind::alpha) {
+    const Real exponent = a * log_p + (one - a) * log_q;
+    const Real cross = exp(exponent > saturation<Real> ? saturation<Real> : exponent);
+    return {b * (one - a) * (q - cross), b * a * (p - cross), Real(0)};
+  } else if constexpr (kind == Kind::alpha_beta) {
+    const Real cross = exp(a * log_p + b * log_q);
+    return {(exp((a + b) * log_q) - cross) / a, (exp((a + b) * log_p) - cross) / b, Real(0)};
+  } else {
+    static_assert(kind != kind, "this kind has no additive terms");
+  }
+}
+
+// D from the sums over the vocabulary of h_s, h_t and f.
+template <Kind kind, class Real>
+KD_INLINE Real value_from_sums(Real sum_student, Real sum_teacher, Real sum_value, Real a, Real b) {
+  if constexpr (kind == Kind::skew_forward_kl || kind == Kind::skew_reverse_kl) {
+    return sum_value;
+  } else if constexpr (kind == Kind::alpha_beta) {
+    return (sum_student + sum_teacher) / (a + b);
+  } else {
+    return sum_student + sum_teacher;
+  }
+}
+
+}  // namespace KD_ISA::math
+}  // namespace kd

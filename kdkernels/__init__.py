@@ -1,0 +1,54 @@
+"""The loss layer for knowledge distillation in PyTorch: ``import kdkernels as kd``."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from kdkernels import reference
+from kdkernels.arguments import debug
+from kdkernels.backends import BackendStatus, backends
+from kdkernels.divergences import (
+    JSD,
+    TVD,
+    ABDivergence,
+    AlphaDivergence,
+    Divergence,
+    ForwardKL,
+    Hellinger,
+    Jeffreys,
+    Renyi,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+)
+from kdkernels.functional import distillation_loss, token_statistics
+from kdkernels.sources import LMHead, Logits
+from kdkernels.statistics import TokenStatistics
+
+try:
+    __version__ = version("kdkernels")
+except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "JSD",
+    "TVD",
+    "ABDivergence",
+    "AlphaDivergence",
+    "BackendStatus",
+    "Divergence",
+    "ForwardKL",
+    "Hellinger",
+    "Jeffreys",
+    "LMHead",
+    "Logits",
+    "Renyi",
+    "ReverseKL",
+    "SkewForwardKL",
+    "SkewReverseKL",
+    "TVD",
+    "TokenStatistics",
+    "backends",
+    "debug",
+    "distillation_loss",
+    "reference",
+    "token_statistics",
+]

@@ -1,0 +1,296 @@
+"""Public arguments, checked and brought into the shape that operators work on: rows ``[N, ...]``.
+
+Every refusal happens here, before a kernel runs, and names the argument, what was given and what is allowed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdkernels.backends.rows import RowSpec, Side
+from kdkernels.divergences import Divergence, Form
+from kdkernels.sources import LMHead, Logits, Source, check_floating
+
+__all__ = ["Problem", "Total", "debug", "prepare_loss", "prepare_statistics"]
+
+REDUCTIONS = ("none", "sum", "mean")
+
+no_context = contextlib.nullcontext()
+debugging = os.environ.get("KDKERNELS_DEBUG", "") not in {"", "0"}
+
+
+@contextlib.contextmanager
+def debug(enabled: bool = True) -> Iterator[None]:
+    """Checks the values of GPU tensors (labels) too, at the price of a synchronisation per call.
+
+    On CPU tensors values are always checked. ``KDKERNELS_DEBUG=1`` does the same for a whole process.
+    """
+    global debugging  # noqa: PLW0603
+    before, debugging = debugging, enabled
+    try:
+        yield
+    finally:
+        debugging = before
+
+
+class Problem(NamedTuple):
+    """A pair of sources whose rows, vocabulary and device agree."""
+
+    student: Side
+    teacher: Side | None
+    batch_shape: torch.Size
+    vocab: int
+    dtype: torch.dtype
+    """The compute type."""
+    spec: RowSpec
+
+
+class Total(NamedTuple):
+    """How the rows of a loss are scaled and summed. Weights are ``[N]`` of the compute type."""
+
+    reduction: str
+    divergence_scale: float | Tensor
+    cross_entropy_scale: float
+    weight: Tensor | None
+    normalizer: float | Tensor | None
+
+
+def values_are_checked(tensor: Tensor) -> bool:
+    """Whether looking at values costs nothing much: never while a graph is captured."""
+    return (tensor.device.type == "cpu" or debugging) and not torch.compiler.is_compiling()
+
+
+def side(name: str, source: Source, vocab_size: int | None) -> tuple[Side, torch.Size, int]:
+    """The rows of a source, the shape of its batch and its vocabulary."""
+    if isinstance(source, LMHead):
+        return head_side(source, vocab_size, name)
+    donate = False
+    if isinstance(source, Logits):
+        source, donate = source.tensor, source.donate
+    elif not isinstance(source, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor of logits, kd.Logits or kd.LMHead, got {type(source).__name__}"
+        )
+    check_floating(name, "logits", source)
+    if source.dim() < 1:
+        raise ValueError(f"{name}: logits must have the shape [..., V], got a 0-d tensor")
+    vocab = source.shape[-1]
+    if vocab_size is not None:
+        check_vocab_size(name, vocab_size, vocab)
+        source = source[..., :vocab_size]
+        vocab = vocab_size
+    if vocab == 0:
+        raise ValueError(f"{name}: the vocabulary is empty, shape {tuple(source.shape)}")
+    rows = source if source.dim() == 2 else source.reshape(-1, vocab)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    return Side(rows, donate=donate), source.shape[:-1], vocab
+
+
+def head_side(source: LMHead, vocab_size: int | None, name: str) -> tuple[Side, torch.Size, int]:
+    hidden, weight, bias = source.hidden, source.weight, source.bias
+    device = hidden.device.type
+    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    vocab = weight.shape[0]
+    if vocab_size is not None:
+        check_vocab_size(name, vocab_size, vocab)
+        weight = weight[:vocab_size]
+        bias = None if bias is None else bias[:vocab_size]
+        vocab = vocab_size
+    if vocab == 0:
+        raise ValueError(f"{name}: the vocabulary is empty, weight {tuple(weight.shape)}")
+    scale = 1.0 if source.logit_scale is None else source.logit_scale
+    softcap = 0.0 if source.softcap is None else source.softcap
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    return Side(rows, weight, bias, scale, softcap), hidden.shape[:-1], vocab
+
+
+def check_vocab_size(name: str, vocab_size: int, vocab: int) -> None:
+    if isinstance(vocab_size, bool) or not 1 <= vocab_size <= vocab:
+        raise ValueError(f"vocab_size must be between 1 and the {name}'s vocabulary of {vocab}, got {vocab_size!r}")
+
+
+def per_token(name: str, value: Tensor, problem_shape: torch.Size, device: torch.device) -> Tensor:
+    """A per-token tensor as ``[N]``; 0-d tensors serve every token."""
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, the student on {device}")
+    if value.dim() == 0:
+        return value.expand(problem_shape.numel())
+    if value.shape != problem_shape:
+        raise ValueError(
+            f"{name} must have one entry per token, shape {tuple(problem_shape)}, got {tuple(value.shape)}"
+        )
+    return value.reshape(-1)
+
+
+def temperature(
+    name: str, value: float | Tensor, shape: torch.Size, device: torch.device, dtype: torch.dtype
+) -> tuple[float, Tensor | None]:
+    if isinstance(value, Tensor):
+        rows = per_token(name, value, shape, device).to(dtype).contiguous()
+        if values_are_checked(rows) and not bool((rows > 0).all()):
+            raise ValueError(f"{name} must be positive for every token, the least is {rows.min().item()}")
+        return 1.0, rows
+    if isinstance(value, bool) or not (value > 0 and value < math.inf):
+        raise ValueError(f"{name} must be a positive finite number or a tensor, got {value!r}")
+    return float(value), None
+
+
+def pair(
+    student: Source,
+    teacher: Source | None,
+    form: Form,
+    vocab_size: int | None,
+    student_temperature: float | Tensor,
+    teacher_temperature: float | Tensor | None,
+) -> Problem:
+    student_side, shape, vocab = side("student", student, vocab_size)
+    device = student_side.tensor.device
+    double = student_side.tensor.dtype == torch.float64
+    teacher_side = None
+    if teacher is not None:
+        teacher_side, teacher_shape, teacher_vocab = side("teacher", teacher, vocab_size)
+        if teacher_shape != shape:
+            raise ValueError(
+                f"student and teacher must have the same tokens: the student's batch has the shape {tuple(shape)}, "
+                f"the teacher's {tuple(teacher_shape)}"
+            )
+        if teacher_vocab != vocab:
+            raise ValueError(
+                f"student and teacher have vocabularies of {vocab} and {teacher_vocab} entries. If the larger is the "
+                f"same vocabulary with padding, use vocab_size={min(vocab, teacher_vocab)}; different tokenizers need "
+                f"a cross-tokenizer loss"
+            )
+        if teacher_side.tensor.device != device:
+            raise ValueError(f"the student is on {device} and the teacher on {teacher_side.tensor.device}")
+        double = double or teacher_side.tensor.dtype == torch.float64
+    dtype = torch.float64 if double else torch.float32
+    if teacher_temperature is None:
+        teacher_temperature = student_temperature
+        teacher_name = "temperature"
+    else:
+        teacher_name = "teacher_temperature"
+    number, rows = temperature("temperature", student_temperature, shape, device, dtype)
+    teacher_number, teacher_rows = temperature(teacher_name, teacher_temperature, shape, device, dtype)
+    spec = RowSpec(
+        form.kind,
+        form.a,
+        form.b,
+        number,
+        rows,
+        teacher_number,
+        teacher_rows,
+        student_side.softcap,
+        0.0 if teacher_side is None else teacher_side.softcap,
+    )
+    return Problem(student_side, teacher_side, shape, vocab, dtype, spec)
+
+
+def active_rows(problem: Problem, mask: Tensor | None, labels: Tensor | None, ignore_index: int) -> Problem:
+    """Adds which rows count, and the labels."""
+    device, shape = problem.student.tensor.device, problem.batch_shape
+    active = None
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask must be a bool tensor, True where a token counts, got {kind}")
+        active = per_token("mask", mask, shape, device)
+    if labels is not None:
+        if not isinstance(labels, Tensor) or labels.dtype.is_floating_point or labels.dtype in {torch.bool, torch.cfloat}:
+            kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise TypeError(f"labels must be an integer tensor, got {kind}")
+        labels = per_token("labels", labels, shape, device).long().contiguous()
+        kept = labels != ignore_index
+        active = kept if active is None else active & kept
+        in_range = (labels >= 0) & (labels < problem.vocab) | ~active
+        if values_are_checked(labels):
+            if not bool(in_range.all()):
+                row = int((~in_range).nonzero()[0, 0])
+                raise ValueError(
+                    f"labels must be token ids in [0, {problem.vocab}) or ignore_index={ignore_index}; "
+                    f"token {row} has {int(labels[row])}"
+                )
+        elif device.type != "cpu":
+            torch._assert_async(in_range.all(), f"labels must be token ids in [0, {problem.vocab}) or ignore_index")
+    if active is not None:
+        active = active.contiguous()
+    return problem._replace(spec=problem.spec._replace(labels=labels, active=active))
+
+
+def prepare_loss(
+    student: Source,
+    teacher: Source,
+    divergence: Divergence,
+    *,
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor | None,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    labels: Tensor | None,
+    ignore_index: int,
+    ce_weight: float,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    temperature_squared: bool,
+    vocab_size: int | None,
+) -> tuple[Problem, Total]:
+    """Checks the arguments of ``distillation_loss``."""
+    if not isinstance(divergence, Divergence):
+        hint = f"{divergence.__name__}()" if isinstance(divergence, type) else "kd.ForwardKL()"
+        raise TypeError(f"divergence must be an instance such as {hint}, got {divergence!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f"normalizer replaces the count of reduction='mean'; it cannot go with reduction={reduction!r}")
+    if isinstance(normalizer, Tensor):
+        if normalizer.dim() != 0:
+            raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
+    elif normalizer is not None and not (normalizer > 0 and normalizer < math.inf):
+        raise ValueError(f"normalizer must be positive and finite, got {normalizer!r}")
+    if isinstance(ce_weight, Tensor) or not math.isfinite(ce_weight):
+        raise ValueError(f"ce_weight must be a finite number, got {ce_weight!r}")
+    if ce_weight != 0 and labels is None:
+        raise ValueError(f"ce_weight={ce_weight} asks for a hard-label term, which needs labels")
+    problem = pair(student, teacher, divergence.form, vocab_size, temperature, teacher_temperature)
+    if mask is not None or labels is not None:
+        problem = active_rows(problem, mask, labels, ignore_index)
+        if ce_weight == 0:
+            problem = problem._replace(spec=problem.spec._replace(labels=None))
+    spec = problem.spec
+    if weight is not None:
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight must be a tensor with one entry per token, got {type(weight).__name__}")
+        weight = per_token("weight", weight, problem.batch_shape, problem.student.tensor.device).to(problem.dtype)
+        if spec.active is not None:
+            weight = weight.masked_fill(~spec.active, 0.0)
+    scale: float | Tensor = 1.0
+    if temperature_squared:
+        rows = spec.student_temperatures
+        scale = spec.student_temperature**2 if rows is None else rows.square()
+    return problem, Total(reduction, scale, float(ce_weight), weight, normalizer)
+
+
+def prepare_statistics(
+    student: Source,
+    teacher: Source | None,
+    *,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    ignore_index: int,
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor | None,
+    vocab_size: int | None,
+) -> Problem:
+    """Checks the arguments of ``token_statistics``."""
+    problem = pair(student, teacher, Form(0), vocab_size, temperature, teacher_temperature)
+    return active_rows(problem, mask, labels, ignore_index)

@@ -1,0 +1,79 @@
+"""Which backend serves a tensor here, and why not the others.
+
+``reference`` is plain PyTorch, ``cpu`` the native C++ kernels, ``triton`` the GPU kernels (and Triton's interpreter on CPU
+tensors). Each of the last two is a row backend, see ``kdkernels.backends.rows``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+
+__all__ = ["BackendStatus", "backends", "row_backend", "select"]
+
+NAMES = ("reference", "cpu", "triton")
+
+
+class BackendStatus(NamedTuple):
+    """Whether a backend can be used in this process."""
+
+    name: str
+    available: bool
+    reason: str
+    """What it runs on, or why it is not available."""
+
+
+@functools.cache
+def status(name: str) -> BackendStatus:
+    if name == "reference":
+        return BackendStatus(name, True, "plain PyTorch, on any device")
+    return BackendStatus(name, *row_backend(name).status())
+
+
+def backends() -> dict[str, BackendStatus]:
+    """Every backend by name: whether it is available here and, if not, the reason."""
+    return {name: status(name) for name in NAMES}
+
+
+@functools.cache
+def row_backend(name: str) -> Any:
+    """The module of a row backend; it imports without what the backend needs."""
+    return importlib.import_module(f"kdkernels.backends.{name}")
+
+
+@functools.cache
+def warn_fallback(name: str, reason: str) -> None:
+    warnings.warn(f"kdkernels falls back to plain PyTorch: the {name} backend is not available, {reason}", stacklevel=2)
+
+
+@torch.compiler.assume_constant_result
+def select(requested: str | None, device: str) -> str:
+    """The backend for tensors on a device of this type: the one requested, or the best available.
+
+    Raises:
+        ValueError: ``backend`` is not a name, or that backend does not serve the device.
+        RuntimeError: the backend requested by name is not available here.
+    """
+    return choose(requested, device)
+
+
+@functools.cache
+def choose(requested: str | None, device: str) -> str:
+    if requested is None:
+        best = "cpu" if device == "cpu" else "triton"
+        if status(best).available:
+            return best
+        warn_fallback(best, status(best).reason)
+        return "reference"
+    if requested not in NAMES:
+        raise ValueError(f"backend must be None or one of {', '.join(NAMES)}, got {requested!r}")
+    if requested == "cpu" and device != "cpu":
+        raise ValueError(f"backend='cpu' serves CPU tensors, these are on {device}")
+    if not status(requested).available:
+        raise RuntimeError(f"backend={requested!r} is not available: {status(requested).reason}")
+    return requested

@@ -1,0 +1,262 @@
+"""The family linear_divergence over any row backend: the tokens are cut into chunks whose logits fit a memory budget.
+
+Per chunk: one GEMM per head makes the logits, the row kernel turns them into their gradient in place, two GEMMs carry it
+to the hidden states and the weight. Nothing of size tokens x vocabulary exists. The weight gradient is accumulated in
+float32 across chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdkernels.backends import row_backend
+from kdkernels.backends.rows import RowSpec, Side, compute_dtype
+
+__all__ = ["DEFAULT_BUDGET", "Needs", "SideGradients", "divergence", "divergence_with_gradients", "statistics"]
+
+DEFAULT_BUDGET = {"cpu": 160 << 20, "cuda": 1 << 30}
+"""Bytes of temporary logits by device type. Larger chunks on the CPU bring no speed."""
+
+
+class Needs(NamedTuple):
+    """Which gradients of a side are wanted: to its logits or hidden states, its weight, its bias."""
+
+    tensor: bool
+    weight: bool = False
+    bias: bool = False
+
+
+class SideGradients(NamedTuple):
+    """The gradients of a side, None where not wanted."""
+
+    tensor: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def chunks(sides: list[Side], memory_budget: int | None) -> Iterator[slice]:
+    """Equal runs of rows whose logits fit the budget, at least one row each."""
+    rows = sides[0].tensor.shape[0]
+    budget = DEFAULT_BUDGET.get(sides[0].tensor.device.type, 1 << 30) if memory_budget is None else memory_budget
+    row_bytes = sum(side.weight.shape[0] * side.tensor.element_size() for side in sides if side.weight is not None)
+    fitting = max(1, budget // max(1, row_bytes))
+    count = -(-rows // fitting)
+    size = -(-rows // count) if count else 1
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+class Head:
+    """One side while its chunks go by: makes logits, takes their gradient."""
+
+    def __init__(self, side: Side, needs: Needs, longest: int) -> None:
+        self.side = side
+        self.needs = needs
+        tensor, weight = side.tensor, side.weight
+        self.gradients = SideGradients(
+            torch.empty_like(tensor, memory_format=torch.contiguous_format) if needs.tensor else None
+        )
+        self.weight_sum: Tensor | None = None
+        self.bias_sum: Tensor | None = None
+        self.buffer: Tensor | None = None
+        if weight is not None:
+            self.buffer = tensor.new_empty(longest, weight.shape[0])
+
+    @property
+    def wanted(self) -> bool:
+        return any(self.needs)
+
+    def logits(self, chunk: slice) -> Tensor:
+        rows = self.side.tensor[chunk]
+        if self.side.weight is None or self.buffer is None:
+            return rows
+        out = self.buffer[: rows.shape[0]]
+        scale = self.side.scale
+        if self.side.bias is None:
+            return torch.addmm(out, rows, self.side.weight.t(), beta=0, alpha=scale, out=out)
+        return torch.addmm(self.side.bias, rows, self.side.weight.t(), beta=scale, alpha=scale, out=out)
+
+    def gradient_buffer(self, logits: Tensor, chunk: slice) -> Tensor | None:
+        """Where the row kernel writes the gradient of the logits: over them, if they are ours."""
+        if not self.wanted:
+            return None
+        if self.side.weight is not None:
+            return logits
+        return None if self.gradients.tensor is None else self.gradients.tensor[chunk]
+
+    def take(self, gradient: Tensor | None, chunk: slice) -> None:
+        """Carries the gradient of a chunk's logits on to hidden states, weight and bias."""
+        weight, scale = self.side.weight, self.side.scale
+        if gradient is None or weight is None:
+            return
+        hidden = self.side.tensor[chunk]
+        if self.gradients.tensor is not None:
+            out = self.gradients.tensor[chunk]
+            torch.addmm(out, gradient, weight, beta=0, alpha=scale, out=out)
+        if self.needs.weight:
+            if hidden.element_size() >= 4:
+                first = self.weight_sum is None
+                if self.weight_sum is None:
+                    self.weight_sum = torch.empty_like(weight, memory_format=torch.contiguous_format)
+                self.weight_sum.addmm_(gradient.t(), hidden, beta=0 if first else 1, alpha=scale)
+            else:
+                part = gradient.t() @ hidden
+                self.weight_sum = part.float().mul_(scale) if self.weight_sum is None else self.weight_sum.add_(part, alpha=scale)
+        if self.needs.bias:
+            part = gradient.sum(0, dtype=torch.float64 if gradient.dtype == torch.float64 else torch.float32)
+            self.bias_sum = part.mul_(scale) if self.bias_sum is None else self.bias_sum.add_(part, alpha=scale)
+
+    def finish(self) -> SideGradients:
+        weight, bias = self.side.weight, self.side.bias
+
+        def summed(total: Tensor | None, like: Tensor | None, wanted: bool) -> Tensor | None:
+            if not wanted or like is None:
+                return None
+            return torch.zeros_like(like) if total is None else total.to(like.dtype)
+
+        return SideGradients(
+            self.gradients.tensor,
+            summed(self.weight_sum, weight, self.needs.weight),
+            summed(self.bias_sum, bias, self.needs.bias),
+        )
+
+
+def only_active(side: Side, index: Tensor) -> Side:
+    return side._replace(tensor=side.tensor[index])
+
+
+def spread(part: Tensor, index: Tensor, rows: int) -> Tensor:
+    """The rows of ``part`` at ``index`` among ``rows`` rows of zeros."""
+    whole = part.new_zeros((rows, *part.shape[1:]))
+    whole[index] = part
+    return whole
+
+
+def active_index(sides: list[Side], spec: RowSpec) -> Tensor | None:
+    """The rows that count, if leaving the others out saves work: on the CPU (elsewhere it would synchronise), for heads."""
+    if spec.active is None or spec.active.device.type != "cpu" or any(side.weight is None for side in sides):
+        return None
+    index = spec.active.nonzero().squeeze(1)
+    return None if index.shape[0] == spec.active.shape[0] else index
+
+
+@torch.no_grad()
+def divergence(
+    student: Side, teacher: Side, spec: RowSpec, memory_budget: int | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """``(divergence [N], cross_entropy [N] or [0])``."""
+    index = active_index([student, teacher], spec)
+    if index is not None:
+        values = divergence(
+            only_active(student, index),
+            only_active(teacher, index),
+            spec.take(index)._replace(active=None),
+            memory_budget,
+            backend,
+        )
+        rows = student.tensor.shape[0]
+        return spread(values[0], index, rows), values[1] if spec.labels is None else spread(values[1], index, rows)
+    kernels = row_backend(backend)
+    values = empty_values(student, teacher, spec)
+    for chunk, heads in walk([student, teacher], [Needs(False), Needs(False)], memory_budget):
+        part = kernels.divergence_forward(heads[0].logits(chunk), heads[1].logits(chunk), spec.take(chunk))
+        store_values(values, part, chunk)
+    return values
+
+
+@torch.no_grad()
+def divergence_with_gradients(
+    student: Side,
+    teacher: Side,
+    spec: RowSpec,
+    grad_divergence: Tensor,
+    grad_cross_entropy: Tensor | None,
+    needs: tuple[Needs, Needs],
+    memory_budget: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, SideGradients, SideGradients]:
+    """The values, and the gradients of sum(grad_divergence * divergence + grad_cross_entropy * cross_entropy)."""
+    index = active_index([student, teacher], spec)
+    if index is not None:
+        divergence, cross_entropy, to_student, to_teacher = divergence_with_gradients(
+            only_active(student, index),
+            only_active(teacher, index),
+            spec.take(index)._replace(active=None),
+            grad_divergence[index],
+            None if grad_cross_entropy is None else grad_cross_entropy[index],
+            needs,
+            memory_budget,
+            backend,
+        )
+        rows = student.tensor.shape[0]
+
+        def spread_hidden(gradients: SideGradients) -> SideGradients:
+            hidden = gradients.tensor
+            return gradients if hidden is None else gradients._replace(tensor=spread(hidden, index, rows))
+
+        if spec.labels is not None:
+            cross_entropy = spread(cross_entropy, index, rows)
+        return spread(divergence, index, rows), cross_entropy, spread_hidden(to_student), spread_hidden(to_teacher)
+    kernels = row_backend(backend)
+    values = empty_values(student, teacher, spec)
+    heads = [Head(student, needs[0], 0), Head(teacher, needs[1], 0)]
+    for chunk, heads in walk([student, teacher], list(needs), memory_budget):
+        logits = [head.logits(chunk) for head in heads]
+        gradients = [head.gradient_buffer(part, chunk) for head, part in zip(heads, logits, strict=True)]
+        part = kernels.divergence_fused(
+            *logits,
+            spec.take(chunk),
+            grad_divergence[chunk],
+            None if grad_cross_entropy is None else grad_cross_entropy[chunk],
+            *gradients,
+        )
+        store_values(values, part, chunk)
+        for head, gradient in zip(heads, gradients, strict=True):
+            head.take(gradient, chunk)
+    return *values, heads[0].finish(), heads[1].finish()
+
+
+@torch.no_grad()
+def statistics(
+    student: Side, teacher: Side | None, spec: RowSpec, memory_budget: int | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """``token_statistics`` of a row backend, for any sources."""
+    kernels = row_backend(backend)
+    sides = [student] if teacher is None else [student, teacher]
+    parts = [
+        kernels.token_statistics(
+            heads[0].logits(chunk), heads[1].logits(chunk) if len(heads) > 1 else None, spec.take(chunk)
+        )
+        for chunk, heads in walk(sides, [Needs(False)] * len(sides), memory_budget)
+    ]
+    if not parts:
+        vocab = student.tensor.new_empty(0, student.tensor.shape[1] if student.weight is None else student.weight.shape[0])
+        return kernels.token_statistics(vocab, None if teacher is None else vocab, spec)  # type: ignore[no-any-return]
+    values, argmax = zip(*parts, strict=True)
+    return torch.cat(values), torch.cat(argmax)
+
+
+def walk(sides: list[Side], needs: list[Needs], memory_budget: int | None) -> Iterator[tuple[slice, list[Head]]]:
+    """The chunks one after the other, with the same heads."""
+    heads: list[Head] = []
+    for chunk in chunks(sides, memory_budget):
+        if not heads:
+            longest = chunk.stop - chunk.start
+            heads = [Head(side, need, longest) for side, need in zip(sides, needs, strict=True)]
+        yield chunk, heads
+
+
+def empty_values(student: Side, teacher: Side, spec: RowSpec) -> tuple[Tensor, Tensor]:
+    rows = student.tensor.shape[0]
+    dtype = compute_dtype(student.tensor, teacher.tensor)
+    divergence = torch.empty(rows, dtype=dtype, device=student.tensor.device)
+    return divergence, divergence.new_empty(rows if spec.labels is not None else 0)
+
+
+def store_values(values: tuple[Tensor, Tensor], part: Any, chunk: slice) -> None:
+    values[0][chunk] = part[0]
+    if values[1].numel():
+        values[1][chunk] = part[1]

@@ -1,0 +1,104 @@
+"""What a row backend is asked to do: the vocabulary of ``backends.cpu`` and ``backends.triton``.
+
+A row backend is a module with these functions on 2-d logits ``student`` and ``teacher`` ``[N, V]``, whose last dimension
+is contiguous; the rows may be any distance apart. Float32, bfloat16, float16 and float64, mixed at will; the compute type
+is float64 if either side is, else float32.
+
+``divergence_forward(student, teacher, spec) -> (divergence [N], cross_entropy [N] or [0], statistics)``
+    The value per row. ``statistics`` is what the same backend's backward wants to be told; it may be empty.
+``divergence_backward(student, teacher, statistics, spec, grad_divergence, grad_cross_entropy, grad_student, grad_teacher)``
+    Writes the gradients into ``grad_student`` and ``grad_teacher`` (None: not wanted). Each may be the storage of its
+    own logits.
+``divergence_fused(student, teacher, spec, grad_divergence, grad_cross_entropy, grad_student, grad_teacher)``
+    Both at once, for a caller who knows the upstream gradient beforehand; returns ``(divergence, cross_entropy)``.
+``token_statistics(student, teacher or None, spec) -> (values [N, 10], argmax [N, 2])``
+    The columns are named in ``STATISTICS``.
+
+Rows that are not active have value and gradient zero, whatever their logits hold.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["STATISTICS", "RowSpec", "Side", "compute_dtype", "row_temperature"]
+
+
+class RowSpec(NamedTuple):
+    """Everything about the rows but their logits.
+
+    The temperature of row i is ``*_temperatures[i]`` (of the compute type) where that tensor is given, else the number.
+    A softcap of 0 means none. ``labels`` are given only where the hard-label term is wanted.
+    """
+
+    kind: int
+    a: float
+    b: float
+    student_temperature: float = 1.0
+    student_temperatures: Tensor | None = None
+    teacher_temperature: float = 1.0
+    teacher_temperatures: Tensor | None = None
+    student_softcap: float = 0.0
+    teacher_softcap: float = 0.0
+    labels: Tensor | None = None
+    active: Tensor | None = None
+
+    def take(self, index: slice | Tensor) -> RowSpec:
+        """The specification of some of the rows."""
+
+        def pick(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[index]
+
+        return self._replace(
+            student_temperatures=pick(self.student_temperatures),
+            teacher_temperatures=pick(self.teacher_temperatures),
+            labels=pick(self.labels),
+            active=pick(self.active),
+        )
+
+
+class Side(NamedTuple):
+    """A source as rows: logits ``[N, V]``, or hidden states ``[N, H]`` with a weight ``[V, H]``."""
+
+    tensor: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float = 0.0
+    donate: bool = False
+
+    @property
+    def requires_grad(self) -> bool:
+        return (
+            self.tensor.requires_grad
+            or (self.weight is not None and self.weight.requires_grad)
+            or (self.bias is not None and self.bias.requires_grad)
+        )
+
+
+STATISTICS = (
+    "lse_student",
+    "lse_teacher",
+    "forward_kl",
+    "reverse_kl",
+    "entropy_student",
+    "entropy_teacher",
+    "max_student",
+    "max_teacher",
+    "label_log_prob_student",
+    "label_log_prob_teacher",
+)
+
+
+def compute_dtype(student: Tensor, teacher: Tensor | None) -> torch.dtype:
+    """Float64 if either side is, else float32."""
+    double = student.dtype == torch.float64 or (teacher is not None and teacher.dtype == torch.float64)
+    return torch.float64 if double else torch.float32
+
+
+def row_temperature(number: float, per_row: Tensor | None) -> float | Tensor:
+    """The temperature of a side in a form that broadcasts against ``[N, V]``."""
+    return number if per_row is None else per_row.unsqueeze(-1)

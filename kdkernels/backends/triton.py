@@ -1,0 +1,254 @@
+"""The Triton backend: launches the kernels of ``kdkernels.triton_kernels`` on CUDA and ROCm tensors.
+
+With ``TRITON_INTERPRET=1`` set before the kernels are first used, they run in Triton's interpreter instead, on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdkernels.backends.rows import STATISTICS, RowSpec, compute_dtype
+
+__all__ = [
+    "divergence_backward",
+    "divergence_forward",
+    "divergence_fused",
+    "status",
+    "supports",
+    "token_statistics",
+]
+
+
+class _Kernels(NamedTuple):
+    """The modules that need triton, imported at first use so that the package works without it."""
+
+    language: ModuleType
+    divergence: ModuleType
+    token_statistics: ModuleType
+    tiling: ModuleType
+    interpreted: bool
+
+
+@functools.cache
+def _kernels() -> _Kernels:
+    import triton.language
+
+    from kdkernels.triton_kernels import divergence, online_softmax, tiling, token_statistics
+
+    interpreted = bool(online_softmax.INTERPRETED.value)
+    return _Kernels(triton.language, divergence, token_statistics, tiling, interpreted)
+
+
+def _is_hip() -> bool:
+    return torch.version.hip is not None
+
+
+def status() -> tuple[bool, str]:
+    """Whether the backend can be used, and on which devices or the reason why not."""
+    try:
+        kernels = _kernels()
+    except ImportError as error:
+        return False, f"triton could not be imported: {error}"
+    if kernels.interpreted:
+        return True, "Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)"
+    if not torch.cuda.is_available():
+        return False, "no CUDA or ROCm device; with TRITON_INTERPRET=1 the kernels run in Triton's interpreter on the CPU"
+    names = sorted({torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())})
+    return True, f"{'ROCm' if _is_hip() else 'CUDA'}: {', '.join(names)}"
+
+
+def supports(tensor: Tensor) -> tuple[bool, str]:
+    """Whether the backend takes this tensor, judged by its device, and the reason why not."""
+    available, reason = status()
+    if not available:
+        return False, reason
+    wanted = "cpu" if _kernels().interpreted else "cuda"
+    if tensor.device.type != wanted:
+        how = "with TRITON_INTERPRET=1" if wanted == "cpu" else "without TRITON_INTERPRET=1"
+        return False, f"{how} the triton backend takes {wanted} tensors, and this one is on {tensor.device}"
+    return True, ""
+
+
+class _Launch(NamedTuple):
+    """Sizes of one launch, common to all kernels."""
+
+    width: int
+    """Logits per vector load; row strides are counted in these."""
+    unroll: int
+    lanes: int
+    num_warps: int
+    compute: Any
+    fast_log: bool
+
+    def stride(self, tensor: Tensor | None) -> int:
+        return 0 if tensor is None else tensor.stride(0) // self.width
+
+
+def _launch(student: Tensor, *others: Tensor | None) -> _Launch:
+    """`student` [N, V] and whatever else [N, V] the kernel reads or writes."""
+    kernels = _kernels()
+    operands = [student, *(tensor for tensor in others if tensor is not None)]
+    aligned = all(
+        tensor.data_ptr() % kernels.tiling.VECTOR_BYTES == 0
+        and tensor.stride(0) * tensor.element_size() % kernels.tiling.VECTOR_BYTES == 0
+        for tensor in operands
+    )
+    itemsize = max(tensor.element_size() for tensor in operands)
+    tiling = kernels.tiling.choose_tiling(student.shape[1], itemsize, aligned, warp_size=64 if _is_hip() else 32)
+    double = any(tensor.dtype == torch.float64 for tensor in operands)
+    return _Launch(
+        width=tiling.width,
+        unroll=tiling.unroll,
+        lanes=tiling.lanes,
+        num_warps=tiling.num_warps,
+        compute=kernels.language.float64 if double else kernels.language.float32,
+        fast_log=not (double or kernels.interpreted or _is_hip()),
+    )
+
+
+def _row_arguments(spec: RowSpec) -> dict[str, Any]:
+    """The arguments that say how the rows are to be read."""
+    return {
+        "active": spec.active,
+        "student_temperatures": spec.student_temperatures,
+        "teacher_temperatures": spec.teacher_temperatures,
+        "student_temperature": spec.student_temperature,
+        "teacher_temperature": spec.teacher_temperature,
+        "student_softcap": spec.student_softcap,
+        "teacher_softcap": spec.teacher_softcap,
+        "HAS_STUDENT_CAP": spec.student_softcap != 0,
+        "HAS_TEACHER_CAP": spec.teacher_softcap != 0,
+    }
+
+
+def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, so it must be the tensors' own."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def divergence_forward(student: Tensor, teacher: Tensor, spec: RowSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """(divergence [N], cross_entropy [N] or [0], statistics [N, 7] for the backward)."""
+    rows, vocab_size = student.shape
+    kernels = _kernels()
+    launch = _launch(student, teacher)
+    divergence = torch.empty(rows, dtype=compute_dtype(student, teacher), device=student.device)
+    cross_entropy = divergence.new_empty(0 if spec.labels is None else rows)
+    statistics = divergence.new_empty(rows, kernels.divergence.STATISTICS.value)
+    if rows:
+        with _on_device_of(student):
+            kernels.divergence.divergence_forward_kernel[(rows,)](
+                student,
+                teacher,
+                launch.stride(student),
+                launch.stride(teacher),
+                vocab_size,
+                divergence,
+                None if spec.labels is None else cross_entropy,
+                statistics,
+                spec.labels,
+                **_row_arguments(spec),
+                a=spec.a,
+                b=spec.b,
+                KIND=spec.kind,
+                FAST_LOG=launch.fast_log,
+                COMPUTE=launch.compute,
+                UNROLL=launch.unroll,
+                LANES=launch.lanes,
+                WIDTH=launch.width,
+                num_warps=launch.num_warps,
+            )
+    return divergence, cross_entropy, statistics
+
+
+def divergence_backward(
+    student: Tensor,
+    teacher: Tensor,
+    statistics: Tensor,
+    spec: RowSpec,
+    grad_divergence: Tensor,
+    grad_cross_entropy: Tensor | None,
+    grad_student: Tensor | None,
+    grad_teacher: Tensor | None,
+) -> None:
+    """Writes the wanted gradients; `statistics` are those that `divergence_forward` returned."""
+    rows, vocab_size = student.shape
+    if not rows or (grad_student is None and grad_teacher is None):
+        return
+    launch = _launch(student, teacher, grad_student, grad_teacher)
+    hard = grad_cross_entropy is not None and grad_student is not None
+    with _on_device_of(student):
+        _kernels().divergence.divergence_backward_kernel[(rows,)](
+            student,
+            teacher,
+            grad_student,
+            grad_teacher,
+            launch.stride(student),
+            launch.stride(teacher),
+            launch.stride(grad_student),
+            launch.stride(grad_teacher),
+            vocab_size,
+            statistics,
+            grad_divergence.contiguous(),
+            grad_cross_entropy.contiguous() if hard and grad_cross_entropy is not None else None,
+            spec.labels if hard else None,
+            **_row_arguments(spec),
+            a=spec.a,
+            b=spec.b,
+            KIND=spec.kind,
+            FAST_LOG=launch.fast_log,
+            COMPUTE=launch.compute,
+            TILE=launch.unroll * launch.lanes * launch.width,
+            REST_TILE=launch.lanes * launch.width,
+            WIDTH=launch.width,
+            num_warps=launch.num_warps,
+        )
+
+
+def divergence_fused(
+    student: Tensor,
+    teacher: Tensor,
+    spec: RowSpec,
+    grad_divergence: Tensor,
+    grad_cross_entropy: Tensor | None,
+    grad_student: Tensor | None,
+    grad_teacher: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Forward and backward, two launches; (divergence [N], cross_entropy [N] or [0])."""
+    divergence, cross_entropy, statistics = divergence_forward(student, teacher, spec)
+    divergence_backward(
+        student, teacher, statistics, spec, grad_divergence, grad_cross_entropy, grad_student, grad_teacher
+    )
+    return divergence, cross_entropy
+
+
+def token_statistics(student: Tensor, teacher: Tensor | None, spec: RowSpec) -> tuple[Tensor, Tensor]:
+    """(values [N, 10], columns as `rows.STATISTICS` names them; argmax int64 [N, 2])."""
+    rows, vocab_size = student.shape
+    launch = _launch(student, teacher)
+    values = torch.empty(rows, len(STATISTICS), dtype=compute_dtype(student, teacher), device=student.device)
+    argmax = torch.empty(rows, 2, dtype=torch.int64, device=student.device)
+    if rows:
+        with _on_device_of(student):
+            _kernels().token_statistics.token_statistics_kernel[(rows,)](
+                student,
+                teacher,
+                launch.stride(student),
+                launch.stride(teacher),
+                vocab_size,
+                values,
+                argmax,
+                spec.labels,
+                **_row_arguments(spec),
+                COMPUTE=launch.compute,
+                UNROLL=launch.unroll,
+                LANES=launch.lanes,
+                WIDTH=launch.width,
+                num_warps=launch.num_warps,
+            )
+    return values, argmax

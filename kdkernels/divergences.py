@@ -1,0 +1,243 @@
+"""Divergences between a teacher ``p`` and a student ``q``: immutable descriptions, no computation.
+
+Each lowers to a ``Form``: the number of a formula that every backend implements, and its two parameters. The formulas
+are tabulated in ``csrc/math/divergence.h``.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+__all__ = [
+    "JSD",
+    "TVD",
+    "ABDivergence",
+    "AlphaDivergence",
+    "Divergence",
+    "Form",
+    "ForwardKL",
+    "Hellinger",
+    "Jeffreys",
+    "Kind",
+    "Renyi",
+    "ReverseKL",
+    "SkewForwardKL",
+    "SkewReverseKL",
+]
+
+
+class Kind(enum.IntEnum):
+    """The formulas the kernels know. The numbers are shared with the C++ and Triton sources."""
+
+    FORWARD_KL = 0
+    REVERSE_KL = 1
+    JEFFREYS = 2
+    JSD = 3
+    SKEW_FORWARD_KL = 4
+    SKEW_REVERSE_KL = 5
+    TVD = 6
+    ALPHA = 7
+    RENYI = 8
+    AB = 9
+
+
+class Form(NamedTuple):
+    """What a kernel is told about a divergence."""
+
+    kind: int
+    a: float = 0.0
+    b: float = 0.0
+
+
+FORWARD_KL = Form(int(Kind.FORWARD_KL))
+REVERSE_KL = Form(int(Kind.REVERSE_KL))
+
+
+class Divergence:
+    """Base of all divergences."""
+
+    @property
+    def form(self) -> Form:
+        raise NotImplementedError
+
+
+def checked(owner: object, name: str, allowed: str, accepted: bool) -> None:
+    """Raises the error for a parameter that is not accepted."""
+    value = getattr(owner, name)
+    if not accepted:
+        raise ValueError(f"{type(owner).__name__}: {name} must be {allowed}, got {value!r}")
+
+
+def as_number(owner: object, name: str) -> float:
+    """The parameter as a finite float, which is also what the frozen instance keeps."""
+    value = getattr(owner, name)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise ValueError(f"{type(owner).__name__}: {name} must be a finite number, got {value!r}")
+    object.__setattr__(owner, name, number)
+    return number
+
+
+@dataclass(frozen=True)
+class ForwardKL(Divergence):
+    """``KL(p || q) = sum p log(p / q)``, which makes the student cover the teacher (Hinton et al. 2015, with entropy)."""
+
+    @property
+    def form(self) -> Form:
+        return FORWARD_KL
+
+
+@dataclass(frozen=True)
+class ReverseKL(Divergence):
+    """``KL(q || p) = sum q log(q / p)``, which makes the student seek the teacher's modes (MiniLLM, arXiv 2306.08543)."""
+
+    @property
+    def form(self) -> Form:
+        return REVERSE_KL
+
+
+@dataclass(frozen=True)
+class Jeffreys(Divergence):
+    """``weight KL(p || q) + (1 - weight) KL(q || p)``, ``0 <= weight <= 1``; at 0.5 half the symmetric Jeffreys sum."""
+
+    weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        weight = as_number(self, "weight")
+        checked(self, "weight", "between 0 and 1", 0 <= weight <= 1)
+
+    @property
+    def form(self) -> Form:
+        return Form(int(Kind.JEFFREYS), self.weight)
+
+
+@dataclass(frozen=True)
+class JSD(Divergence):
+    """``beta KL(p || m) + (1 - beta) KL(q || m)`` with ``m = beta p + (1 - beta) q``, ``0 < beta < 1``.
+
+    ``beta`` sits on the teacher, as in GKD (arXiv 2306.13649, equation 2). The value vanishes as beta tends to 0 or 1;
+    divided by beta (or 1 - beta) it tends to the forward (or reverse) KL.
+    """
+
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        beta = as_number(self, "beta")
+        hint = {0.0: "; the limit at 0 is ForwardKL()", 1.0: "; the limit at 1 is ReverseKL()"}.get(beta, "")
+        checked(self, "beta", f"strictly between 0 and 1{hint}", 0 < beta < 1)
+
+    @property
+    def form(self) -> Form:
+        return Form(int(Kind.JSD), self.beta)
+
+
+@dataclass(frozen=True)
+class SkewForwardKL(Divergence):
+    """``KL(p || alpha p + (1 - alpha) q)``, ``0 <= alpha < 1`` (DistiLLM, arXiv 2402.03898); at 0 the forward KL."""
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        alpha = as_number(self, "alpha")
+        checked(self, "alpha", "at least 0 and less than 1", 0 <= alpha < 1)
+
+    @property
+    def form(self) -> Form:
+        return Form(int(Kind.SKEW_FORWARD_KL), self.alpha) if self.alpha else FORWARD_KL
+
+
+@dataclass(frozen=True)
+class SkewReverseKL(Divergence):
+    """``KL(q || (1 - alpha) p + alpha q)``, ``0 <= alpha < 1`` (DistiLLM, arXiv 2402.03898); at 0 the reverse KL."""
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        alpha = as_number(self, "alpha")
+        checked(self, "alpha", "at least 0 and less than 1", 0 <= alpha < 1)
+
+    @property
+    def form(self) -> Form:
+        return Form(int(Kind.SKEW_REVERSE_KL), self.alpha) if self.alpha else REVERSE_KL
+
+
+@dataclass(frozen=True)
+class TVD(Divergence):
+    """Total variation distance ``0.5 sum |p - q|``, between 0 and 1. Where ``p = q`` the subgradient 0 is used."""
+
+    @property
+    def form(self) -> Form:
+        return Form(int(Kind.TVD))
+
+
+@dataclass(frozen=True)
+class AlphaDivergence(Divergence):
+    """``(1 - sum p^alpha q^(1 - alpha)) / (alpha (1 - alpha))`` (Amari); at 1 the forward, at 0 the reverse KL.
+
+    Outside [0, 1] the sum is unbounded: each of its terms saturates at e^60.
+    """
+
+    alpha: float
+
+    def __post_init__(self) -> None:
+        as_number(self, "alpha")
+
+    @property
+    def form(self) -> Form:
+        if self.alpha == 0:
+            return REVERSE_KL
+        if self.alpha == 1:
+            return FORWARD_KL
+        return Form(int(Kind.ALPHA), self.alpha, 1 / (self.alpha * (1 - self.alpha)))
+
+
+@dataclass(frozen=True)
+class Renyi(Divergence):
+    """``log(sum p^alpha q^(1 - alpha)) / (alpha - 1)`` of order ``alpha > 0``; at 1 the forward KL."""
+
+    alpha: float
+
+    def __post_init__(self) -> None:
+        alpha = as_number(self, "alpha")
+        checked(self, "alpha", "greater than 0", alpha > 0)
+
+    @property
+    def form(self) -> Form:
+        return FORWARD_KL if self.alpha == 1 else Form(int(Kind.RENYI), self.alpha)
+
+
+@dataclass(frozen=True)
+class ABDivergence(Divergence):
+    """Alpha-beta divergence (Cichocki et al. 2011, equation 4; for distillation ABKD, arXiv 2505.04560).
+
+    ``-1/(alpha beta) sum(p^alpha q^beta - alpha/(alpha+beta) p^(alpha+beta) - beta/(alpha+beta) q^(alpha+beta))``, both
+    parameters greater than 0. The limits (1, 0) and (0, 1) are the forward and the reverse KL.
+    """
+
+    alpha: float
+    beta: float
+
+    def __post_init__(self) -> None:
+        alpha, beta = as_number(self, "alpha"), as_number(self, "beta")
+        hint = {(1.0, 0.0): "; the limit is ForwardKL()", (0.0, 1.0): "; the limit is ReverseKL()"}
+        checked(self, "alpha", f"greater than 0{hint.get((alpha, beta), '')}", alpha > 0)
+        checked(self, "beta", f"greater than 0{hint.get((alpha, beta), '')}", beta > 0)
+
+    @property
+    def form(self) -> Form:
+        return Form(int(Kind.AB), self.alpha, self.beta)
+
+
+@dataclass(frozen=True)
+class Hellinger(Divergence):
+    """Squared Hellinger distance ``1 - sum sqrt(p q)``, between 0 and 1."""
+
+    @property
+    def form(self) -> Form:
+        return Form(int(Kind.ALPHA), 0.5, 1.0)

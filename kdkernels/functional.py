@@ -1,0 +1,180 @@
+"""The public functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdkernels import arguments
+from kdkernels.backends import select as select_backend
+from kdkernels.divergences import Divergence, ForwardKL
+from kdkernels.ops import divergence as divergence_ops
+from kdkernels.ops import linear_divergence as linear_divergence_ops
+from kdkernels.ops import token_statistics as token_statistics_ops
+from kdkernels.reductions import reduce_rows, row_scales
+from kdkernels.reference import divergence as divergence_reference
+from kdkernels.reference import token_statistics as token_statistics_reference
+from kdkernels.sources import Source
+from kdkernels.statistics import TokenStatistics
+
+__all__ = ["distillation_loss", "token_statistics"]
+
+
+def distillation_loss(
+    student: Source,
+    teacher: Source,
+    divergence: Divergence = ForwardKL(),  # noqa: B008 - immutable
+    *,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    ce_weight: float = 0.0,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    temperature_squared: bool = False,
+    vocab_size: int | None = None,
+    memory_budget: int | None = None,
+    gradient_tolerance: float = 0.0,
+    process_group: torch.distributed.ProcessGroup | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The divergence of a student from a teacher over the vocabulary, by fused kernels.
+
+    The loss of a token is ``D(p, q)`` (times ``temperature ** 2`` if asked for) plus ``ce_weight`` times the cross-entropy
+    of its label at temperature 1, where ``p = softmax(teacher / teacher_temperature)`` and
+    ``q = softmax(student / temperature)``. Gradients flow to everything that requires grad: logits, hidden states, weights
+    and biases of either side, and ``weight``.
+
+    Args:
+        student, teacher: logits ``[..., V]`` (a tensor or ``kd.Logits``) or a ``kd.LMHead``, in any pairing; float32,
+            bfloat16, float16 or float64. Sums run in float32 at least.
+        divergence: an instance such as ``kd.ForwardKL()`` or ``kd.JSD(0.5)``.
+        temperature: positive number, or tensor ``[...]`` with one per token.
+        teacher_temperature: the same for the teacher; None: that of the student.
+        weight: weight per token ``[...]``.
+        mask: bool ``[...]``, True where a token counts. What stands elsewhere has no influence, even NaN.
+        labels: token ids ``[...]``; a label equal to ``ignore_index`` drops the token.
+        ce_weight: weight of the hard-label term; other than 0 it needs labels.
+        reduction: "none" gives ``[...]``, "sum" the weighted sum, "mean" divides it by the sum of the weights of the
+            tokens that count (0 if there are none).
+        normalizer: divides the weighted sum instead of that, for instance the tokens of all accumulated batches.
+        temperature_squared: multiplies the divergence by ``temperature ** 2``, which keeps its gradient's size (Hinton et
+            al. 2015); never done unasked.
+        vocab_size: use only the first so many entries of either vocabulary, for padded heads.
+        memory_budget: bytes for the temporary logits of LMHead sources; None: 160 MiB on the CPU, 1 GiB on a GPU.
+        gradient_tolerance: only 0, the exact gradient.
+        process_group: only None, an unsharded vocabulary.
+        backend: "reference", "cpu" or "triton"; None takes the best available.
+
+    Returns:
+        A 0-d tensor, or ``[...]`` without reduction: float32, or float64 if a side is float64.
+
+    Raises:
+        TypeError, ValueError: an argument is refused; the text names it.
+        RuntimeError: the backend asked for is not available here.
+        NotImplementedError: ``gradient_tolerance`` or ``process_group``.
+    """
+    if gradient_tolerance != 0:
+        raise NotImplementedError(f"gradient_tolerance must be 0, the exact gradient, got {gradient_tolerance!r}")
+    if process_group is not None:
+        raise NotImplementedError("process_group must be None: a vocabulary sharded over processes is not supported yet")
+    if memory_budget is not None and (isinstance(memory_budget, bool) or not memory_budget > 0):
+        raise ValueError(f"memory_budget must be None or a positive number of bytes, got {memory_budget!r}")
+    problem, total = arguments.prepare_loss(
+        student,
+        teacher,
+        divergence,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        weight=weight,
+        mask=mask,
+        labels=labels,
+        ignore_index=ignore_index,
+        ce_weight=ce_weight,
+        reduction=reduction,
+        normalizer=normalizer,
+        temperature_squared=temperature_squared,
+        vocab_size=vocab_size,
+    )
+    device = problem.student.tensor.device.type
+    backend = select_backend(backend, device)
+    if backend == "reference":
+        return divergence_reference.loss(problem, total)
+    assert problem.teacher is not None
+    refuse_temperature_gradient(problem)
+    linear = problem.student.weight is not None or problem.teacher.weight is not None
+    # Half precision underflows unless the gradient is made with its upstream factor, such as a GradScaler's.
+    half = torch.float16 in (problem.student.tensor.dtype, problem.teacher.tensor.dtype)
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else arguments.no_context:
+        if total.reduction == "none" or half or (backend != "cpu" and not linear):
+            if linear:
+                value, cross_entropy = linear_divergence_ops.rows(problem, memory_budget, backend)
+            else:
+                value, cross_entropy = divergence_ops.rows(problem, backend)
+            value = value * total.divergence_scale
+            if problem.spec.labels is not None:
+                value = value + total.cross_entropy_scale * cross_entropy
+            return reduce_rows(value, problem, total)
+        scales = row_scales(problem, total)
+        if linear:
+            return linear_divergence_ops.total(problem, scales, memory_budget, backend)
+        return divergence_ops.total(problem, scales, backend)
+
+
+def refuse_temperature_gradient(problem: arguments.Problem) -> None:
+    spec = problem.spec
+    for name, rows in (
+        ("temperature", spec.student_temperatures),
+        ("teacher_temperature", spec.teacher_temperatures),
+    ):
+        if rows is not None and rows.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"{name} requires grad, which the fused kernels do not support: detach it, or use backend='reference'"
+            )
+
+
+def token_statistics(
+    student: Source,
+    teacher: Source | None = None,
+    labels: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    vocab_size: int | None = None,
+    memory_budget: int | None = None,
+    backend: str | None = None,
+) -> TokenStatistics:
+    """Per-token quantities of one or two distributions over the vocabulary, in one streaming pass. No gradient.
+
+    Args:
+        student, teacher: logits ``[..., V]`` or ``kd.LMHead``; without a teacher its columns are None.
+        labels: token ids ``[...]`` whose log-probabilities are wanted; ``ignore_index`` drops the token.
+        mask: bool ``[...]``, True where a token counts; elsewhere every statistic is 0.
+        temperature, teacher_temperature, vocab_size, memory_budget, backend: as in ``distillation_loss``.
+
+    Returns:
+        ``TokenStatistics``, every field ``[...]``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in ``distillation_loss``.
+    """
+    problem = arguments.prepare_statistics(
+        student,
+        teacher,
+        labels=labels,
+        mask=mask,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        vocab_size=vocab_size,
+    )
+    backend = select_backend(backend, problem.student.tensor.device.type)
+    with torch.no_grad():
+        if backend == "reference":
+            return token_statistics_reference.statistics(problem)
+        return token_statistics_ops.statistics(problem, memory_budget, backend)

@@ -1,0 +1,1 @@
+"""``torch.library`` operators, one module per kernel family."""

@@ -1,0 +1,332 @@
+"""Operators of the family ``linear_divergence``: at least one side is a language-model head.
+
+``kdkernels::linear_divergence`` gives the value of every row and ``kdkernels::linear_divergence_backward`` its gradients,
+recomputing the logits; ``kdkernels::linear_divergence_total`` the weighted sum over the rows together with its gradients,
+which need the logits only once. The arithmetic is in ``kdkernels.backends.chunked_head``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels.arguments import Problem
+from kdkernels.backends import chunked_head
+from kdkernels.backends.chunked_head import Needs, SideGradients
+from kdkernels.backends.rows import RowSpec, Side, compute_dtype
+from kdkernels.ops.eager import take_scaled, traced
+from kdkernels.ops.schema import SPEC, spec_gradients
+from kdkernels.reductions import Scales
+from kdkernels.reference import rows as reference
+
+__all__ = ["rows", "total"]
+
+SIDES = (
+    "Tensor student, Tensor? student_weight, Tensor? student_bias, float student_scale, "
+    "Tensor teacher, Tensor? teacher_weight, Tensor? teacher_bias, float teacher_scale"
+)
+OPTIONS = f"int? memory_budget, str backend, {SPEC}"
+TENSORS = (0, 1, 2, 4, 5, 6)
+"""Where the tensors stand among the arguments of ``SIDES``."""
+SIDES_LENGTH = 8
+OPTIONS_LENGTH = 2 + len(RowSpec._fields)
+
+Arguments = tuple[Any, ...]
+
+
+def unpack(sides: Arguments) -> tuple[Side, Side]:
+    return Side(*sides[:4]), Side(*sides[4:])
+
+
+def pack(problem: Problem) -> Arguments:
+    assert problem.teacher is not None
+    return (*problem.student[:4], *problem.teacher[:4])
+
+
+def side_needs(wanted: list[bool]) -> tuple[Needs, Needs]:
+    return Needs(*wanted[:3]), Needs(*wanted[3:])
+
+
+def wanted_gradients(sides: Arguments) -> list[bool]:
+    return [sides[place] is not None and sides[place].requires_grad for place in TENSORS]
+
+
+def values_like(sides: Arguments, spec: RowSpec) -> tuple[Tensor, Tensor]:
+    """Empty tensors for the values of the rows."""
+    student, teacher = sides[0], sides[4]
+    divergence = student.new_empty(student.shape[0], dtype=compute_dtype(student, teacher))
+    return divergence, divergence.new_empty(0 if spec.labels is None else student.shape[0])
+
+
+def gradients_like(sides: Arguments, wanted: list[bool]) -> list[Tensor]:
+    tensors = [sides[place] for place in TENSORS]
+    return [sides[0].new_empty(0) if not want else tensor.new_empty(tensor.shape) for tensor, want in zip(tensors, wanted, strict=True)]
+
+
+def or_empty(gradients: tuple[SideGradients, SideGradients], like: Tensor) -> list[Tensor]:
+    """An operator returns an empty tensor for a gradient that is not wanted."""
+    return [like.new_empty(0) if gradient is None else gradient for side in gradients for gradient in side]
+
+
+def scattered(gradients: list[Tensor | None]) -> Arguments:
+    """The gradients at the places of ``SIDES``."""
+    places = dict(zip(TENSORS, gradients, strict=True))
+    return tuple(places.get(place) for place in range(SIDES_LENGTH))
+
+
+def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    sides, (memory_budget, backend, *spec) = arguments[:SIDES_LENGTH], arguments[SIDES_LENGTH:]
+    return chunked_head.divergence(*unpack(sides), RowSpec(*spec), memory_budget, backend)
+
+
+linear_divergence_op = torch.library.custom_op(
+    "kdkernels::linear_divergence", forward, mutates_args=(), schema=f"({SIDES}, {OPTIONS}) -> (Tensor, Tensor)"
+)
+
+
+@linear_divergence_op.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return values_like(arguments[:SIDES_LENGTH], RowSpec(*arguments[SIDES_LENGTH + 2 :]))
+
+
+def backward(*arguments: Any) -> list[Tensor]:
+    sides, rest = arguments[:SIDES_LENGTH], arguments[SIDES_LENGTH:]
+    grad_divergence, grad_cross_entropy, wanted, memory_budget, backend, *spec = rest
+    _, _, *gradients = chunked_head.divergence_with_gradients(
+        *unpack(sides),
+        RowSpec(*spec),
+        grad_divergence.contiguous(),
+        None if grad_cross_entropy is None else grad_cross_entropy.contiguous(),
+        side_needs(wanted),
+        memory_budget,
+        backend,
+    )
+    return or_empty((gradients[0], gradients[1]), sides[0])
+
+
+linear_divergence_backward_op = torch.library.custom_op(
+    "kdkernels::linear_divergence_backward",
+    backward,
+    mutates_args=(),
+    schema=f"({SIDES}, Tensor grad_divergence, Tensor? grad_cross_entropy, bool[] wanted, {OPTIONS}) -> Tensor[]",
+)
+
+
+@linear_divergence_backward_op.register_fake
+def _(*arguments: Any) -> list[Tensor]:
+    return gradients_like(arguments[:SIDES_LENGTH], arguments[SIDES_LENGTH + 2])
+
+
+def differentiable_values(sides: Arguments, spec: RowSpec) -> tuple[Tensor, Tensor | None]:
+    """The values through the reference, whose gradients can be differentiated again. Makes the logits whole."""
+    student, teacher = unpack(sides)
+    student_logits, teacher_logits = reference.side_logits(student), reference.side_logits(teacher)
+    divergence = reference.divergence(student_logits, teacher_logits, spec)
+    if spec.labels is None:
+        return divergence, None
+    return divergence, reference.cross_entropy(student_logits, spec, divergence.dtype)
+
+
+def setup_rows(ctx: Any, inputs: Arguments, output: tuple[Tensor, Tensor]) -> None:
+    sides, (memory_budget, backend, *spec) = inputs[:SIDES_LENGTH], inputs[SIDES_LENGTH:]
+    spec = RowSpec(*spec)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        *(sides[place] for place in TENSORS),
+        spec.student_temperatures,
+        spec.teacher_temperatures,
+        spec.labels,
+        spec.active,
+    )
+    ctx.scales = sides[3], sides[7]
+    ctx.options = memory_budget, backend
+    ctx.spec = spec._replace(student_temperatures=None, teacher_temperatures=None, labels=None, active=None)
+
+
+def backward_rows(ctx: Any, grad_divergence: Tensor | None, grad_cross_entropy: Tensor | None) -> Arguments:
+    *tensors, student_temperatures, teacher_temperatures, labels, active = ctx.saved_tensors
+    sides = (*tensors[:3], ctx.scales[0], *tensors[3:], ctx.scales[1])
+    spec = ctx.spec._replace(
+        student_temperatures=student_temperatures,
+        teacher_temperatures=teacher_temperatures,
+        labels=labels,
+        active=active,
+    )
+    wanted = [ctx.needs_input_grad[place] for place in TENSORS]
+    if grad_divergence is None:
+        grad_divergence = torch.zeros_like(values_like(sides, spec)[0])
+    gradients: list[Tensor | None]
+    if torch.is_grad_enabled():
+        with torch.enable_grad():
+            divergence, cross_entropy = differentiable_values(sides, spec)
+            value = (grad_divergence * divergence).sum()
+            if cross_entropy is not None and grad_cross_entropy is not None:
+                value = value + (grad_cross_entropy * cross_entropy).sum()
+        gradients = selected_gradients(value, [*tensors], wanted)
+    else:
+        found = linear_divergence_backward_op(
+            *sides, grad_divergence, grad_cross_entropy, wanted, *ctx.options, *spec
+        )
+        gradients = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
+    return *scattered(gradients), None, None, *spec_gradients()
+
+
+def selected_gradients(
+    value: Tensor, tensors: list[Tensor | None], wanted: list[bool], upstream: Tensor | None = None
+) -> list[Tensor | None]:
+    inputs = [tensor for tensor, want in zip(tensors, wanted, strict=True) if want and tensor is not None]
+    found = iter(torch.autograd.grad(value, inputs, upstream, create_graph=True, allow_unused=True))
+    return [next(found) if want else None for want in wanted]
+
+
+linear_divergence_op.register_autograd(backward_rows, setup_context=setup_rows)
+
+
+class Rows(torch.autograd.Function):
+    forward = staticmethod(forward)
+    setup_context = staticmethod(setup_rows)
+    backward = staticmethod(backward_rows)
+
+
+def rows(problem: Problem, memory_budget: int | None, backend: str) -> tuple[Tensor, Tensor]:
+    """``(divergence [N], cross_entropy [N] or [0])``, differentiable."""
+    sides = pack(problem)
+    arguments = (*sides, memory_budget, backend, *problem.spec)
+    values: tuple[Tensor, Tensor]
+    if traced(*(sides[place] for place in TENSORS)):
+        values = linear_divergence_op(*arguments)
+    elif torch.is_grad_enabled() and any(wanted_gradients(sides)):
+        values = Rows.apply(*arguments)
+    else:
+        values = forward(*arguments)
+    return values
+
+
+def weighted_sum(scales: tuple[Tensor, Tensor | None], divergence: Tensor, cross_entropy: Tensor) -> Tensor:
+    value = torch.dot(scales[0], divergence)
+    return value if scales[1] is None else value + torch.dot(scales[1], cross_entropy)
+
+
+def forward_total(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    sides, rest = arguments[:SIDES_LENGTH], arguments[SIDES_LENGTH:]
+    divergence_scale, cross_entropy_scale, wanted, memory_budget, backend, *spec = rest
+    divergence_scale = divergence_scale.contiguous()
+    cross_entropy_scale = None if cross_entropy_scale is None else cross_entropy_scale.contiguous()
+    divergence, cross_entropy, *gradients = chunked_head.divergence_with_gradients(
+        *unpack(sides),
+        RowSpec(*spec),
+        divergence_scale,
+        cross_entropy_scale,
+        side_needs(wanted),
+        memory_budget,
+        backend,
+    )
+    value = weighted_sum((divergence_scale, cross_entropy_scale), divergence, cross_entropy)
+    return value, divergence, cross_entropy, or_empty((gradients[0], gradients[1]), sides[0])
+
+
+linear_divergence_total_op = torch.library.custom_op(
+    "kdkernels::linear_divergence_total",
+    forward_total,
+    mutates_args=(),
+    schema=f"({SIDES}, Tensor divergence_scale, Tensor? cross_entropy_scale, bool[] wanted, {OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor[])",
+)
+
+
+@linear_divergence_total_op.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    sides = arguments[:SIDES_LENGTH]
+    values = values_like(sides, RowSpec(*arguments[SIDES_LENGTH + 5 :]))
+    return values[0].new_empty(()), *values, gradients_like(sides, arguments[SIDES_LENGTH + 2])
+
+
+def setup_total(ctx: Any, inputs: Arguments, output: tuple[Tensor, Tensor, Tensor, list[Tensor]]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.has_labels = inputs[SIDES_LENGTH + 1] is not None
+    ctx.save_for_backward(output[1], output[2], *output[3])
+
+
+def backward_total(ctx: Any, grad_total: Tensor | None, *_: Any) -> Arguments:
+    if grad_total is None:
+        return (None,) * (SIDES_LENGTH + 3 + OPTIONS_LENGTH)
+    divergence, cross_entropy, *gradients = ctx.saved_tensors
+    scaled = [
+        gradient * grad_total if ctx.needs_input_grad[place] else None
+        for gradient, place in zip(gradients, TENSORS, strict=True)
+    ]
+    needs = ctx.needs_input_grad[SIDES_LENGTH:]
+    return (
+        *scattered(scaled),
+        divergence * grad_total if needs[0] else None,
+        cross_entropy * grad_total if ctx.has_labels and needs[1] else None,
+        None,
+        *(None,) * OPTIONS_LENGTH,
+    )
+
+
+linear_divergence_total_op.register_autograd(backward_total, setup_context=setup_total)
+
+
+class FusedTotal(torch.autograd.Function):
+    """``linear_divergence_total`` in eager mode, where the gradients are handed on without a copy."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        options: tuple[int | None, str, RowSpec, tuple[float, float]],
+        divergence_scale: Tensor,
+        cross_entropy_scale: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        memory_budget, backend, spec, side_scales = options
+        sides = (*tensors[:3], side_scales[0], *tensors[3:], side_scales[1])
+        wanted = list(ctx.needs_input_grad[3:])
+        divergence, cross_entropy, *gradients = chunked_head.divergence_with_gradients(
+            *unpack(sides), spec, divergence_scale, cross_entropy_scale, side_needs(wanted), memory_budget, backend
+        )
+        ctx.gradients = [gradient for side in gradients for gradient in side]
+        ctx.values = divergence, cross_entropy
+        ctx.options = options
+        ctx.save_for_backward(divergence_scale, cross_entropy_scale, *tensors)
+        return weighted_sum((divergence_scale, cross_entropy_scale), divergence, cross_entropy)
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor) -> Arguments:  # type: ignore[override]
+        divergence_scale, cross_entropy_scale, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            _, _, spec, side_scales = ctx.options
+            sides = (*tensors[:3], side_scales[0], *tensors[3:], side_scales[1])
+            with torch.enable_grad():
+                divergence, cross_entropy = differentiable_values(sides, spec)
+                value = (divergence_scale * divergence).sum()
+                if cross_entropy is not None and cross_entropy_scale is not None:
+                    value = value + (cross_entropy_scale * cross_entropy).sum()
+            inputs = [divergence_scale, cross_entropy_scale, *tensors]
+            return None, *selected_gradients(value, inputs, list(needs[1:]), grad_total)
+        divergence, cross_entropy = ctx.values
+        return (
+            None,
+            divergence * grad_total if needs[1] else None,
+            cross_entropy * grad_total if needs[2] else None,
+            *take_scaled(ctx, grad_total),
+        )
+
+
+def total(problem: Problem, scales: Scales, memory_budget: int | None, backend: str) -> Tensor:
+    """The sum over the rows of scale times value, differentiable."""
+    sides = pack(problem)
+    tensors = [sides[place] for place in TENSORS]
+    wanted = wanted_gradients(sides) if torch.is_grad_enabled() else [False] * len(TENSORS)
+    value: Tensor
+    if traced(*tensors):
+        value = linear_divergence_total_op(*sides, *scales, wanted, memory_budget, backend, *problem.spec)[0]
+    elif any(wanted) or (torch.is_grad_enabled() and scales.divergence.requires_grad):
+        options = memory_budget, backend, problem.spec, (sides[3], sides[7])
+        value = FusedTotal.apply(options, *scales, *tensors)
+    else:
+        value = weighted_sum(scales, *forward(*sides, memory_budget, backend, *problem.spec))
+    return value

@@ -1,0 +1,64 @@
+"""``distillation_loss`` in plain PyTorch: the definition of correct for the families divergence and linear_divergence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdkernels import arguments
+from kdkernels.divergences import Divergence, ForwardKL
+from kdkernels.reductions import reduce_rows
+from kdkernels.reference import rows
+from kdkernels.sources import Source
+
+__all__ = ["distillation_loss"]
+
+
+def distillation_loss(
+    student: Source,
+    teacher: Source,
+    divergence: Divergence = ForwardKL(),  # noqa: B008 - immutable
+    *,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    ce_weight: float = 0.0,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    temperature_squared: bool = False,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """See ``kdkernels.distillation_loss``: same arguments, computed with autograd on whole ``[N, V]`` tensors."""
+    problem, total = arguments.prepare_loss(
+        student,
+        teacher,
+        divergence,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        weight=weight,
+        mask=mask,
+        labels=labels,
+        ignore_index=ignore_index,
+        ce_weight=ce_weight,
+        reduction=reduction,
+        normalizer=normalizer,
+        temperature_squared=temperature_squared,
+        vocab_size=vocab_size,
+    )
+    return loss(problem, total)
+
+
+def loss(problem: arguments.Problem, total: arguments.Total) -> Tensor:
+    """The loss of a checked problem."""
+    assert problem.teacher is not None
+    device = problem.student.tensor.device.type
+    # Autocast would undo the float32 of log_softmax's neighbours; the head's dtype is settled already.
+    with torch.autocast(device, enabled=False):
+        student, teacher = rows.side_logits(problem.student), rows.side_logits(problem.teacher)
+        values = rows.divergence(student, teacher, problem.spec) * total.divergence_scale
+        if problem.spec.labels is not None:
+            values = values + total.cross_entropy_scale * rows.cross_entropy(student, problem.spec, problem.dtype)
+        return reduce_rows(values, problem, total)

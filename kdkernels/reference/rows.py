@@ -1,0 +1,100 @@
+"""Row-level definitions in plain PyTorch, differentiable any number of times."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kdkernels.backends.rows import RowSpec, Side, compute_dtype, row_temperature
+from kdkernels.divergences import Kind
+
+__all__ = ["LOGIT_FLOOR", "LOG_SATURATION", "cross_entropy", "divergence", "side_logits", "tempered_log_softmax"]
+
+LOGIT_FLOOR = -1e5
+"""Logits are clamped here from below: -inf, masked vocabulary, gets probability 0 and everything stays finite."""
+
+LOG_SATURATION = 60.0
+"""The largest exponent in the alpha divergence, which is unbounded for alpha outside [0, 1]."""
+
+
+def side_logits(side: Side) -> Tensor:
+    """The logits ``[N, V]`` of a side before its softcap, in the dtype of its tensor."""
+    if side.weight is None:
+        return side.tensor
+    logits = functional.linear(side.tensor, side.weight, side.bias)
+    return logits if side.scale == 1 else logits * side.scale
+
+
+def effective_logits(logits: Tensor, softcap: float, dtype: torch.dtype) -> Tensor:
+    logits = logits.to(dtype)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits.clamp(min=LOGIT_FLOOR)
+
+
+def tempered_log_softmax(logits: Tensor, softcap: float, temperature: float | Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.log_softmax(effective_logits(logits, softcap, dtype) / temperature, dim=-1)
+
+
+def divergence(student: Tensor, teacher: Tensor, spec: RowSpec) -> Tensor:
+    """The divergence per row ``[N]`` of logits ``[N, V]``; rows that are not active get 0."""
+    dtype = compute_dtype(student, teacher)
+    if spec.active is not None:
+        student, teacher = blank_inactive(student, spec.active), blank_inactive(teacher, spec.active)
+    log_q = tempered_log_softmax(
+        student, spec.student_softcap, row_temperature(spec.student_temperature, spec.student_temperatures), dtype
+    )
+    log_p = tempered_log_softmax(
+        teacher, spec.teacher_softcap, row_temperature(spec.teacher_temperature, spec.teacher_temperatures), dtype
+    )
+    value = formula(Kind(spec.kind), log_p, log_q, spec.a, spec.b)
+    return value if spec.active is None else value.masked_fill(~spec.active, 0.0)
+
+
+def blank_inactive(tensor: Tensor, active: Tensor) -> Tensor:
+    """Zero where not active, so that what stands there cannot reach a gradient."""
+    return tensor.masked_fill(~active.unsqueeze(-1), 0.0)
+
+
+def formula(kind: Kind, log_p: Tensor, log_q: Tensor, a: float, b: float) -> Tensor:
+    p, q = log_p.exp(), log_q.exp()
+    if kind == Kind.FORWARD_KL:
+        return (p * (log_p - log_q)).sum(-1)
+    if kind == Kind.REVERSE_KL:
+        return (q * (log_q - log_p)).sum(-1)
+    if kind == Kind.JEFFREYS:
+        return ((a * p - (1 - a) * q) * (log_p - log_q)).sum(-1)
+    if kind == Kind.JSD:
+        log_m = torch.logaddexp(log_p + math.log(a), log_q + math.log1p(-a))
+        return (a * p * (log_p - log_m) + (1 - a) * q * (log_q - log_m)).sum(-1)
+    if kind == Kind.SKEW_FORWARD_KL:
+        log_m = torch.logaddexp(log_p + math.log(a), log_q + math.log1p(-a))
+        return (p * (log_p - log_m)).sum(-1)
+    if kind == Kind.SKEW_REVERSE_KL:
+        log_m = torch.logaddexp(log_p + math.log1p(-a), log_q + math.log(a))
+        return (q * (log_q - log_m)).sum(-1)
+    if kind == Kind.TVD:
+        return 0.5 * (p - q).abs().sum(-1)
+    if kind == Kind.ALPHA:
+        cross = (a * log_p + (1 - a) * log_q).clamp(max=LOG_SATURATION).exp()
+        return b * (a * p + (1 - a) * q - cross).sum(-1)
+    if kind == Kind.RENYI:
+        return torch.logsumexp(a * log_p + (1 - a) * log_q, dim=-1) / (a - 1)
+    total = a + b
+    cross = (a * log_p + b * log_q).exp()
+    return (a / total * (total * log_p).exp() + b / total * (total * log_q).exp() - cross).sum(-1) / (a * b)
+
+
+def cross_entropy(student: Tensor, spec: RowSpec, dtype: torch.dtype) -> Tensor:
+    """The hard-label term per row ``[N]`` at temperature 1; rows that are not active get 0."""
+    assert spec.labels is not None
+    labels = spec.labels
+    if spec.active is not None:
+        labels = labels.masked_fill(~spec.active, 0)
+        student = blank_inactive(student, spec.active)
+    log_q = torch.log_softmax(effective_logits(student, spec.student_softcap, dtype), dim=-1)
+    value = -log_q.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    return value if spec.active is None else value.masked_fill(~spec.active, 0.0)

@@ -1,0 +1,89 @@
+"""``token_statistics`` in plain PyTorch: the definition of correct."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdkernels import arguments
+from kdkernels.backends.rows import STATISTICS, RowSpec, Side, row_temperature
+from kdkernels.reference.rows import effective_logits, side_logits
+from kdkernels.sources import Source
+from kdkernels.statistics import TokenStatistics, empty_columns, from_columns
+
+__all__ = ["token_statistics"]
+
+
+def token_statistics(
+    student: Source,
+    teacher: Source | None = None,
+    labels: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | Tensor | None = None,
+    vocab_size: int | None = None,
+) -> TokenStatistics:
+    """See ``kdkernels.token_statistics``: same arguments, computed on whole ``[N, V]`` tensors."""
+    problem = arguments.prepare_statistics(
+        student,
+        teacher,
+        labels=labels,
+        mask=mask,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        vocab_size=vocab_size,
+    )
+    with torch.no_grad():
+        return statistics(problem)
+
+
+def statistics(problem: arguments.Problem) -> TokenStatistics:
+    """The statistics of a checked problem."""
+    spec, dtype = problem.spec, problem.dtype
+    values, argmax = empty_columns(problem.student.tensor.shape[0], dtype, problem.student.tensor.device)
+    columns = {name: values[:, place] for place, name in enumerate(STATISTICS)}
+    values.fill_(torch.nan)
+    argmax.zero_()
+
+    def one_side(name: str, side: Side, softcap: float, temperature: float | Tensor) -> Tensor:
+        logits = effective_logits(side_logits(side), softcap, dtype)
+        tempered = logits / temperature
+        log_probs = torch.log_softmax(tempered, dim=-1)
+        columns[f"lse_{name}"].copy_(torch.logsumexp(tempered, dim=-1))
+        columns[f"entropy_{name}"].copy_(-(log_probs.exp() * log_probs).sum(-1))
+        columns[f"max_{name}"].copy_(logits.amax(-1))
+        argmax[:, int(name == "teacher")] = logits.argmax(-1)
+        if spec.labels is not None:
+            labels = safe_labels(spec, problem.vocab)
+            columns[f"label_log_prob_{name}"].copy_(log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1))
+        return log_probs
+
+    with torch.autocast(problem.student.tensor.device.type, enabled=False):
+        log_q = one_side(
+            "student",
+            problem.student,
+            spec.student_softcap,
+            row_temperature(spec.student_temperature, spec.student_temperatures),
+        )
+        if problem.teacher is not None:
+            log_p = one_side(
+                "teacher",
+                problem.teacher,
+                spec.teacher_softcap,
+                row_temperature(spec.teacher_temperature, spec.teacher_temperatures),
+            )
+            columns["forward_kl"].copy_((log_p.exp() * (log_p - log_q)).sum(-1))
+            columns["reverse_kl"].copy_((log_q.exp() * (log_q - log_p)).sum(-1))
+    if spec.active is not None:
+        values.masked_fill_(~spec.active.unsqueeze(-1), 0.0)
+        argmax.masked_fill_(~spec.active.unsqueeze(-1), 0)
+    return from_columns(values, argmax, problem)
+
+
+def safe_labels(spec: RowSpec, vocab: int) -> Tensor:
+    """Labels that can be looked up also where the token does not count."""
+    assert spec.labels is not None
+    return spec.labels if spec.active is None else spec.labels.masked_fill(~spec.active, 0)

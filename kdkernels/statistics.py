@@ -1,0 +1,56 @@
+"""The result of ``token_statistics``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdkernels.arguments import Problem
+from kdkernels.backends.rows import STATISTICS
+
+__all__ = ["TokenStatistics", "from_columns"]
+
+
+class TokenStatistics(NamedTuple):
+    """Per-token statistics, each ``[...]``; None where the teacher or the labels were not given.
+
+    Probabilities, log-sum-exps and log-probabilities are of the logits divided by their temperature, in nats; ``max_*`` are
+    logits before the temperature, ``argmax_*`` token ids (the lowest of equals).
+    """
+
+    lse_student: Tensor
+    lse_teacher: Tensor | None
+    forward_kl: Tensor | None
+    reverse_kl: Tensor | None
+    entropy_student: Tensor
+    entropy_teacher: Tensor | None
+    max_student: Tensor
+    max_teacher: Tensor | None
+    argmax_student: Tensor
+    argmax_teacher: Tensor | None
+    label_log_prob_student: Tensor | None
+    label_log_prob_teacher: Tensor | None
+
+
+def from_columns(values: Tensor, argmax: Tensor, problem: Problem) -> TokenStatistics:
+    """From a row backend's ``values [N, 10]`` (columns ``STATISTICS``) and ``argmax [N, 2]``."""
+    columns = dict(zip(STATISTICS, values.unbind(-1), strict=True))
+    columns["argmax_student"], columns["argmax_teacher"] = argmax.unbind(-1)
+
+    def column(name: str) -> Tensor | None:
+        needs_teacher = name.endswith("teacher") or name.endswith("kl")
+        if needs_teacher and problem.teacher is None:
+            return None
+        if name.startswith("label") and problem.spec.labels is None:
+            return None
+        return columns[name].reshape(problem.batch_shape)
+
+    return TokenStatistics(**{name: column(name) for name in TokenStatistics._fields})  # type: ignore[arg-type]
+
+
+def empty_columns(rows: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The shapes of a row backend's answer."""
+    values = torch.empty(rows, len(STATISTICS), dtype=dtype, device=device)
+    return values, torch.empty(rows, 2, dtype=torch.int64, device=device)

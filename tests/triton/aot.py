@@ -1,0 +1,187 @@
+"""Compiles the Triton kernels ahead of time, without a GPU, and reads registers and spills from the compiled object."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+VOCABULARY = 151_936
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+ITEMSIZE = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
+KERNELS = {
+    "divergence_forward": "divergence",
+    "divergence_backward": "divergence",
+    "token_statistics": "token_statistics",
+}
+VECTORS = {"student", "teacher", "grad_student", "grad_teacher"}
+TWO_SWEEP_KINDS = {3, 4, 5, 6, 7, 9}
+
+
+# Optional tensors that are not given, by what such a call is called.
+VARIANTS = {
+    "plain": {"student_temperatures", "teacher_temperatures", "labels", "cross_entropy", "grad_cross_entropy"},
+    "everything": set(),
+}
+VARIANTS["student_only"] = VARIANTS["plain"] | {"teacher", "grad_teacher"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One specialisation of one kernel."""
+
+    kernel: str
+    target: str
+    dtype: str
+    kind: int = 0
+    variant: str = "plain"
+    aligned: bool = True
+    softcap: bool = False
+    maxnreg: int | None = None
+
+    def __str__(self) -> str:
+        kind = f"kind{self.kind}" if self.kernel.startswith("divergence") else ""
+        extras = ["" if self.aligned else "unaligned", "softcap" if self.softcap else ""]
+        return "-".join(filter(None, [self.kernel, kind, self.target, self.dtype, self.variant, *extras]))
+
+    @property
+    def absent(self) -> set[str]:
+        absent = VARIANTS[self.variant]
+        return absent - {"teacher"} if self.kernel.startswith("divergence") else absent
+
+
+@dataclass(frozen=True)
+class Compiled:
+    registers: int
+    spilled_bytes: int
+    """Local memory of a thread; the kernels have no arrays, so all of it is spilled registers."""
+    vector_loads: int
+    """Load instructions of 128 bits, in the text of the program."""
+    vector_stores: int
+    wanted_vector_loads: int
+    """What they number if every load of a whole tile is one."""
+    wanted_vector_stores: int
+    shuffles_in_loops: int | None
+    """Exchanges between threads inside the loops over the vocabulary; None: not looked for on this target."""
+
+
+def compile_case(case: Case) -> Compiled:
+    import importlib
+
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from kdkernels.triton_kernels.tiling import choose_tiling
+
+    module = importlib.import_module(f"kdkernels.triton_kernels.{KERNELS[case.kernel]}")
+    kernel = getattr(module, f"{case.kernel}_kernel")
+    target = GPUTarget(*TARGETS[case.target])
+    tiling = choose_tiling(VOCABULARY, ITEMSIZE[case.dtype], case.aligned, target.warp_size)
+    compute = "fp64" if case.dtype == "fp64" else "fp32"
+    constants = {
+        "KIND": case.kind,
+        "FAST_LOG": target.backend == "cuda" and case.dtype != "fp64",
+        "HAS_STUDENT_CAP": case.softcap,
+        "HAS_TEACHER_CAP": case.softcap,
+        "COMPUTE": tl.float64 if compute == "fp64" else tl.float32,
+        "UNROLL": tiling.unroll,
+        "LANES": tiling.lanes,
+        "WIDTH": tiling.width,
+        "TILE": tiling.unroll * tiling.lanes * tiling.width,
+        "REST_TILE": tiling.lanes * tiling.width,
+    }
+    types = {"labels": "*i64", "argmax": "*i64", "active": "*i1", "vocab_size": "i32"}
+    signature, constexprs = {}, {}
+    for parameter in kernel.params:
+        name = parameter.name
+        if parameter.is_constexpr or name in case.absent:
+            signature[name] = "constexpr"
+            constexprs[name] = constants[name] if parameter.is_constexpr else None
+        elif parameter.annotation_type:
+            signature[name] = parameter.annotation_type
+        elif name in VECTORS:
+            signature[name] = f"*{case.dtype}"
+        else:
+            signature[name] = types.get(name, f"*{compute}")
+    pointers = [index for index, kind in enumerate(signature.values()) if kind.startswith("*")]
+    attributes = {(index,): [["tt.divisibility", 16]] for index in pointers} if case.aligned else {}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constexprs, attributes),
+        target=target,
+        options={"num_warps": tiling.num_warps, "maxnreg": case.maxnreg},
+    )
+    sweeps = 2 if case.kernel == "divergence_forward" and case.kind in TWO_SWEEP_KINDS else 1
+    given = VECTORS & signature.keys() - case.absent
+    per_tile = tiling.unroll if case.aligned else 0
+    wanted = {
+        "wanted_vector_loads": sweeps * per_tile * len(given & {"student", "teacher"}),
+        "wanted_vector_stores": per_tile * len(given & {"grad_student", "grad_teacher"}),
+    }
+    found = _read_cuda(compiled.asm) if target.backend == "cuda" else _read_hip(compiled.asm)
+    return Compiled(**found, **wanted)
+
+
+def _read_cuda(asm: dict[str, Any]) -> dict[str, int | None]:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(asm["cubin"])
+        cubin.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    ptx = asm["ptx"]
+    return {
+        "registers": numbers["REG"],
+        "spilled_bytes": numbers["STACK"] + numbers["LOCAL"],
+        "vector_loads": len(re.findall(r"ld\.global[\w.:]*\.(?:v4\.b32|v2\.b64)", ptx)),
+        "vector_stores": len(re.findall(r"st\.global[\w.:]*\.(?:v4\.b32|v2\.b64)", ptx)),
+        "shuffles_in_loops": _in_loops(ptx, "shfl"),
+    }
+
+
+def _in_loops(ptx: str, instruction: str) -> int:
+    """How often an instruction occurs between a label and a later jump back to it."""
+    lines = ptx.splitlines()
+    labels = {match[1]: number for number, line in enumerate(lines) if (match := re.match(r"(\$L\w+):", line.strip()))}
+    inside: set[int] = set()
+    for number, line in enumerate(lines):
+        jump = re.search(r"\bbra(?:\.uni)?\s+(\$L\w+)", line)
+        if jump and labels[jump[1]] < number:
+            inside.update(range(labels[jump[1]], number))
+    return sum(instruction in lines[number] for number in inside)
+
+
+def _read_hip(asm: dict[str, Any]) -> dict[str, int | None]:
+    text = asm["amdgcn"]
+
+    def number(key: str) -> int:
+        return int(re.findall(rf"\.{key}:\s+(\d+)", text)[0])
+
+    spilled_registers = number("vgpr_spill_count") + number("sgpr_spill_count")
+    return {
+        "registers": number("vgpr_count"),
+        "spilled_bytes": number("private_segment_fixed_size") + 4 * spilled_registers,
+        "vector_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
+        "vector_stores": len(re.findall(r"(?:global|buffer)_store_dwordx4", text)),
+        "shuffles_in_loops": None,
+    }
+
+
+def specialisations(kernel: str, calls: list[dict[str, Any]]) -> list[str]:
+    """What each call's arguments make Triton compile for sm_90: calls with equal texts share one compiled kernel."""
+    import importlib
+
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    function = getattr(importlib.import_module(f"kdkernels.triton_kernels.{KERNELS[kernel]}"), f"{kernel}_kernel")
+    backend = make_backend(GPUTarget(*TARGETS["sm_90"]))
+    bind = create_function_from_signature(function.signature, function.params, backend)
+    defaults = dict.fromkeys(function.arg_names)
+    return [str(bind(**{**defaults, **call})[1]) for call in calls]

@@ -1,0 +1,117 @@
+"""What the tests run in a process of its own, where Triton's interpreter is on (see the fixture `interpreter`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime import interpreter as triton_interpreter
+
+from kdkernels.backends import triton as backend
+from kdkernels.backends.rows import RowSpec
+
+UNTOUCHED = 7.0
+"""Fills gradient buffers beforehand, so that an element that was not written shows."""
+
+
+def _patch_once() -> None:
+    """Triton's interpreter prepares triton.language anew at every call of a helper; once per helper is 2.5 times faster."""
+    patched = set()
+
+    def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if self.fn not in patched:
+            patched.add(self.fn)
+            triton_interpreter._patch_lang(self.fn)
+        return self.rewrite()(*arguments, **keywords)
+
+    triton_interpreter.InterpretedFunction.__call__ = call
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _patch_once()
+
+
+def availability(tensor: Tensor) -> tuple[tuple[bool, str], tuple[bool, str]]:
+    return backend.status(), backend.supports(tensor)
+
+
+def divergence(
+    student: Tensor,
+    teacher: Tensor,
+    spec: RowSpec,
+    grad_divergence: Tensor,
+    grad_cross_entropy: Tensor | None = None,
+    grads: tuple[bool, bool] = (True, True),
+    in_place: bool = False,
+    padding: int = 0,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(divergence, cross_entropy, grad_student, grad_teacher); the gradients' rows are `padding` longer than the logits'."""
+
+    def buffer(logits: Tensor, wanted: bool) -> Tensor | None:
+        if not wanted or in_place:
+            return logits if wanted else None
+        rows, vocab_size = logits.shape
+        return torch.full((rows, vocab_size + padding), UNTOUCHED, dtype=logits.dtype)
+
+    buffers = [buffer(logits, wanted) for logits, wanted in zip((student, teacher), grads, strict=True)]
+    views = [None if each is None else each[:, : student.shape[1]] for each in buffers]
+    values = backend.divergence_fused(student, teacher, spec, grad_divergence, grad_cross_entropy, *views)
+    return (*values, *buffers)
+
+
+def token_statistics(student: Tensor, teacher: Tensor | None, spec: RowSpec) -> tuple[Tensor, Tensor]:
+    return backend.token_statistics(student, teacher, spec)
+
+
+@contextmanager
+def _counted(tensors: dict[str, Tensor]) -> Iterator[dict[str, int]]:
+    """Counts the elements that kernels load from and store to each tensor: masked-out ones do not count."""
+    builder = triton_interpreter.InterpreterBuilder
+    counts: dict[str, int] = {}
+    originals = {"load": builder.create_masked_load, "store": builder.create_masked_store}
+
+    def count(action: str, addresses: Any, mask: Any) -> None:
+        for name, tensor in tensors.items():
+            first = tensor.data_ptr()
+            inside = mask & (addresses >= first) & (addresses < first + tensor.numel() * tensor.element_size())
+            if inside.any():
+                key = f"{action} {name}"
+                counts[key] = counts.get(key, 0) + int(inside.sum())
+
+    # Plain loads and stores go through the masked ones in the interpreter, with a mask of ones.
+    def load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        count("load", ptrs.data, mask.data)
+        return originals["load"](self, ptrs, mask, *rest)
+
+    def store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        count("store", ptrs.data, mask.data)
+        return originals["store"](self, ptrs, value, mask, *rest)
+
+    builder.create_masked_load, builder.create_masked_store = load, store
+    try:
+        yield counts
+    finally:
+        builder.create_masked_load = originals["load"]
+        builder.create_masked_store = originals["store"]
+
+
+def traffic(kernel: str, rows: int, vocab_size: int, kind: int, grads: tuple[bool, bool]) -> dict[str, float]:
+    """Elements moved per logit, by "load student" and the like, in one call of forward, backward or token_statistics."""
+    student, teacher = torch.randn(2, rows, vocab_size).unbind()
+    spec = RowSpec(kind, 0.3, 0.6)
+    upstream = torch.ones(rows)
+    _, _, statistics = backend.divergence_forward(student, teacher, spec)
+    gradients = [torch.empty_like(student) if wanted else None for wanted in grads]
+    named = {"student": student, "teacher": teacher, "grad_student": gradients[0], "grad_teacher": gradients[1]}
+    with _counted({name: tensor for name, tensor in named.items() if tensor is not None}) as counts:
+        if kernel == "forward":
+            backend.divergence_forward(student, teacher, spec)
+        elif kernel == "backward":
+            backend.divergence_backward(student, teacher, statistics, spec, upstream, None, *gradients)
+        else:
+            backend.token_statistics(student, teacher, spec)
+    return {name: count / (rows * vocab_size) for name, count in counts.items()}

@@ -1,0 +1,43 @@
+"""How a row of logits is cut into tiles: sizes and warps for a launch, from the vocabulary size and the dtypes."""
+
+from dataclasses import dataclass
+
+VECTOR_BYTES = 16  # the widest load of one thread: 128 bits
+TILE_ELEMENTS_PER_LANE = 16  # of each operand; with two operands and their state this stays clear of register spills
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """One program walks its row in tiles of `unroll * lanes * width` logits; lane j owns `width` adjacent ones of each unrolled step.
+
+    width: adjacent logits one lane loads at once. lanes: threads of a program. unroll: independent loads in flight per lane.
+    """
+
+    width: int
+    lanes: int
+    unroll: int
+    num_warps: int
+
+    @property
+    def block(self) -> int:
+        """Logits per tile."""
+        return self.unroll * self.lanes * self.width
+
+
+def choose_tiling(vocab_size: int, largest_itemsize: int, aligned: bool, warp_size: int = 32) -> Tiling:
+    """The tiling for rows of `vocab_size` logits.
+
+    largest_itemsize: bytes of the widest operand element, 2, 4 or 8.
+    aligned: every row of every operand starts on a 16-byte boundary, so that vector loads are possible.
+    warp_size: 32 (NVIDIA), 64 (AMD CDNA).
+    """
+    width = VECTOR_BYTES // largest_itemsize if aligned else 1
+    per_lane = TILE_ELEMENTS_PER_LANE if largest_itemsize <= 4 else TILE_ELEMENTS_PER_LANE // 2
+    unroll = per_lane // width
+    if vocab_size <= 2048:
+        threads = 64
+    elif vocab_size <= 16384:
+        threads = 128
+    else:
+        threads = 256
+    return Tiling(width=width, lanes=threads, unroll=unroll, num_warps=threads // warp_size)
