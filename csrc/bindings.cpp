@@ -39,7 +39,8 @@ struct Kernels {
   bool (*token_statistics)(const RowProblem&);
 };
 
-#define KD_KERNELS(isa) Kernels{#isa, isa::divergence, isa::token_statistics}
+#define KD_KERNELS(isa) \
+  Kernels { #isa, isa::divergence, isa::token_statistics }
 
 bool processor_has(const std::string& isa) {
 #if defined(KD_HAVE_X86_ISAS)
@@ -140,23 +141,34 @@ void divergence(int threads, bool compute_double, int64_t rows, int64_t vocab, A
                 double student_temperature, Address student_temperatures, double teacher_temperature,
                 Address teacher_temperatures, double student_softcap, double teacher_softcap, Address labels,
                 Address active, int kind, double a, double b, Address divergence, Address cross_entropy,
-                Address grad_divergence, Address grad_cross_entropy, Address grad_student, int64_t grad_student_stride,
-                Address grad_teacher, int64_t grad_teacher_stride) {
-  RowProblem problem = sides(threads, compute_double, rows, vocab, matrix(student, student_stride, student_dtype),
-                             matrix(teacher, teacher_stride, teacher_dtype),
-                             per_row(student_temperature, student_temperatures),
-                             per_row(teacher_temperature, teacher_temperatures), student_softcap, teacher_softcap,
-                             labels, active);
+                double grad_divergence, Address grad_divergences, double grad_cross_entropy,
+                Address grad_cross_entropies, Address grad_student, int64_t grad_student_stride, Address grad_teacher,
+                int64_t grad_teacher_stride, Address total) {
+  RowProblem problem =
+      sides(threads, compute_double, rows, vocab, matrix(student, student_stride, student_dtype),
+            matrix(teacher, teacher_stride, teacher_dtype), per_row(student_temperature, student_temperatures),
+            per_row(teacher_temperature, teacher_temperatures), student_softcap, teacher_softcap, labels, active);
   problem.kind = kind;
   problem.a = a;
   problem.b = b;
   problem.divergence = reinterpret_cast<void*>(divergence);
   problem.cross_entropy = reinterpret_cast<void*>(cross_entropy);
-  problem.grad_divergence = reinterpret_cast<const void*>(grad_divergence);
-  problem.grad_cross_entropy = reinterpret_cast<const void*>(grad_cross_entropy);
+  problem.grad_divergence = per_row(grad_divergence, grad_divergences);
+  problem.grad_cross_entropy = per_row(grad_cross_entropy, grad_cross_entropies);
   problem.grad_student = matrix(grad_student, grad_student_stride, student_dtype);
   problem.grad_teacher = matrix(grad_teacher, grad_teacher_stride, teacher_dtype);
+  std::unique_ptr<double[]> weighted(total ? new double[static_cast<size_t>(rows)] : nullptr);
+  problem.weighted = weighted.get();
   launch(chosen().divergence, problem);
+  if (!total) return;
+  // In the order of the rows, so that it does not depend on the threads.
+  double sum = 0;
+  for (int64_t row = 0; row < rows; ++row) sum += weighted[row];
+  if (compute_double) {
+    *reinterpret_cast<double*>(total) = sum;
+  } else {
+    *reinterpret_cast<float*>(total) = static_cast<float>(sum);
+  }
 }
 
 void token_statistics(int threads, bool compute_double, int64_t rows, int64_t vocab, Address student,
@@ -164,11 +176,10 @@ void token_statistics(int threads, bool compute_double, int64_t rows, int64_t vo
                       int teacher_dtype, double student_temperature, Address student_temperatures,
                       double teacher_temperature, Address teacher_temperatures, double student_softcap,
                       double teacher_softcap, Address labels, Address active, Address statistics, Address argmax) {
-  RowProblem problem = sides(threads, compute_double, rows, vocab, matrix(student, student_stride, student_dtype),
-                             matrix(teacher, teacher_stride, teacher_dtype),
-                             per_row(student_temperature, student_temperatures),
-                             per_row(teacher_temperature, teacher_temperatures), student_softcap, teacher_softcap,
-                             labels, active);
+  RowProblem problem =
+      sides(threads, compute_double, rows, vocab, matrix(student, student_stride, student_dtype),
+            matrix(teacher, teacher_stride, teacher_dtype), per_row(student_temperature, student_temperatures),
+            per_row(teacher_temperature, teacher_temperatures), student_softcap, teacher_softcap, labels, active);
   problem.statistics = reinterpret_cast<void*>(statistics);
   problem.argmax = reinterpret_cast<int64_t*>(argmax);
   launch(chosen().token_statistics, problem);

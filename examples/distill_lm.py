@@ -37,9 +37,7 @@ import typer
 from distillation_job import TEACHER_LAYERS, Job, RunSettings
 from results import save, show
 from rich.console import Console
-from training_step import DIVERGENCES, LossSettings
-
-import kdkernels as kd
+from training_step import DIVERGENCES, LossSettings, fused_loss
 
 DEFAULT_SEQUENCE_LENGTH = 128
 
@@ -75,14 +73,14 @@ def check_device(device: str) -> None:
         raise typer.BadParameter("this PyTorch finds no CUDA device; use --device cpu", param_hint="--device")
 
 
-def check_backend(backend: str | None) -> None:
-    if backend is None:
-        return
-    known = kd.backends()
-    if backend not in known:
-        raise typer.BadParameter(f"{backend!r} is not one of {', '.join(known)}", param_hint="--backend")
-    if not known[backend].available:
-        raise typer.BadParameter(f"{backend} is not available here: {known[backend].reason}", param_hint="--backend")
+def check_loss(settings: LossSettings, device: str) -> None:
+    """Compute the loss of one token, so that a backend that cannot serve is found before anything is loaded."""
+    states = torch.zeros(1, 1, device=device)
+    weight = torch.zeros(2, 1, device=device)
+    try:
+        fused_loss(settings)(states, weight, states, weight)
+    except (ValueError, RuntimeError) as error:
+        raise typer.BadParameter(str(error), param_hint="--backend") from None
 
 
 def choose_sequence_length(tokens: int, sequence_length: int | None) -> int:
@@ -168,8 +166,8 @@ def main(
         if not (math.isfinite(value) and value > 0):
             raise typer.BadParameter(f"must be a positive number, got {value}", param_hint=option)
     check_device(device)
-    check_backend(backend)
     loss = LossSettings(name, parse_parameters(name, parameter or []), temperature, backend)
+    check_loss(loss, device)
     length = choose_sequence_length(tokens, sequence_length)
     prepare_folder(out)
     settings = RunSettings(

@@ -8,19 +8,23 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kdkernels.backends.rows import RowSpec, Side
+from kdkernels.checks import LOGIT_DTYPES, check_flag, check_floating, check_integer, check_real
 from kdkernels.divergences import Divergence, Form
-from kdkernels.sources import LMHead, Logits, Source, check_floating
+from kdkernels.sources import LMHead, Logits, Source
 
-__all__ = ["Problem", "Total", "debug", "prepare_loss", "prepare_statistics"]
+__all__ = ["Problem", "Total", "debug", "check_memory_budget", "prepare_loss", "prepare_statistics"]
 
+CPU = torch.device("cpu")
 REDUCTIONS = ("none", "sum", "mean")
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+REAL_DTYPES = LOGIT_DTYPES + INTEGER_DTYPES
 
 no_context = contextlib.nullcontext()
 debugging = os.environ.get("KDKERNELS_DEBUG", "") not in {"", "0"}
@@ -71,27 +75,26 @@ def side(name: str, source: Source, vocab_size: int | None) -> tuple[Side, torch
     """The rows of a source, the shape of its batch and its vocabulary."""
     if isinstance(source, LMHead):
         return head_side(source, vocab_size, name)
-    donate = False
+    donate = isinstance(source, Logits) and source.donate
     if isinstance(source, Logits):
-        source, donate = source.tensor, source.donate
+        source = source.tensor
     elif not isinstance(source, Tensor):
-        raise TypeError(
-            f"{name} must be a tensor of logits, kd.Logits or kd.LMHead, got {type(source).__name__}"
-        )
-    check_floating(name, "logits", source)
-    if source.dim() < 1:
+        raise TypeError(f"{name} must be a tensor of logits, kd.Logits or kd.LMHead, got {type(source).__name__}")
+    check_floating(f"{name}: logits", source)
+    shape = source.shape
+    if not shape:
         raise ValueError(f"{name}: logits must have the shape [..., V], got a 0-d tensor")
-    vocab = source.shape[-1]
+    vocab = shape[-1]
     if vocab_size is not None:
         check_vocab_size(name, vocab_size, vocab)
         source = source[..., :vocab_size]
         vocab = vocab_size
     if vocab == 0:
         raise ValueError(f"{name}: the vocabulary is empty, shape {tuple(source.shape)}")
-    rows = source if source.dim() == 2 else source.reshape(-1, vocab)
+    rows = source if len(shape) == 2 else source.reshape(-1, vocab)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    return Side(rows, donate=donate), source.shape[:-1], vocab
+    return Side(rows, None, None, 1.0, 0.0, donate), shape[:-1], vocab
 
 
 def head_side(source: LMHead, vocab_size: int | None, name: str) -> tuple[Side, torch.Size, int]:
@@ -116,12 +119,17 @@ def head_side(source: LMHead, vocab_size: int | None, name: str) -> tuple[Side, 
 
 
 def check_vocab_size(name: str, vocab_size: int, vocab: int) -> None:
-    if isinstance(vocab_size, bool) or not 1 <= vocab_size <= vocab:
+    if not 1 <= check_integer("vocab_size", vocab_size) <= vocab:
         raise ValueError(f"vocab_size must be between 1 and the {name}'s vocabulary of {vocab}, got {vocab_size!r}")
 
 
-def per_token(name: str, value: Tensor, problem_shape: torch.Size, device: torch.device) -> Tensor:
+def per_token(
+    name: str, kind: str, value: object, dtypes: Container[torch.dtype], problem_shape: torch.Size, device: torch.device
+) -> Tensor:
     """A per-token tensor as ``[N]``; 0-d tensors serve every token."""
+    if not isinstance(value, Tensor) or value.dtype not in dtypes or value.layout != torch.strided:
+        given = f"a {value.layout} tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a dense {kind} tensor with one entry per token, got {given}")
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}, the student on {device}")
     if value.dim() == 0:
@@ -137,13 +145,13 @@ def temperature(
     name: str, value: float | Tensor, shape: torch.Size, device: torch.device, dtype: torch.dtype
 ) -> tuple[float, Tensor | None]:
     if isinstance(value, Tensor):
-        rows = per_token(name, value, shape, device).to(dtype).contiguous()
-        if values_are_checked(rows) and not bool((rows > 0).all()):
-            raise ValueError(f"{name} must be positive for every token, the least is {rows.min().item()}")
+        rows = per_token(name, "real", value, REAL_DTYPES, shape, device).to(dtype).contiguous()
+        if values_are_checked(rows):
+            allowed = (rows > 0) & (rows < math.inf)
+            if not bool(allowed.all()):
+                raise ValueError(f"{name} must be positive and finite for every token, got {rows[~allowed][0].item()}")
         return 1.0, rows
-    if isinstance(value, bool) or not (value > 0 and value < math.inf):
-        raise ValueError(f"{name} must be a positive finite number or a tensor, got {value!r}")
-    return float(value), None
+    return check_real(name, value, positive=True), None
 
 
 def pair(
@@ -175,13 +183,10 @@ def pair(
             raise ValueError(f"the student is on {device} and the teacher on {teacher_side.tensor.device}")
         double = double or teacher_side.tensor.dtype == torch.float64
     dtype = torch.float64 if double else torch.float32
-    if teacher_temperature is None:
-        teacher_temperature = student_temperature
-        teacher_name = "temperature"
-    else:
-        teacher_name = "teacher_temperature"
     number, rows = temperature("temperature", student_temperature, shape, device, dtype)
-    teacher_number, teacher_rows = temperature(teacher_name, teacher_temperature, shape, device, dtype)
+    teacher_number, teacher_rows = number, rows
+    if teacher_temperature is not None:
+        teacher_number, teacher_rows = temperature("teacher_temperature", teacher_temperature, shape, device, dtype)
     spec = RowSpec(
         form.kind,
         form.a,
@@ -201,16 +206,10 @@ def active_rows(problem: Problem, mask: Tensor | None, labels: Tensor | None, ig
     device, shape = problem.student.tensor.device, problem.batch_shape
     active = None
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"mask must be a bool tensor, True where a token counts, got {kind}")
-        active = per_token("mask", mask, shape, device)
+        active = per_token("mask", "bool", mask, (torch.bool,), shape, device)
     if labels is not None:
-        if not isinstance(labels, Tensor) or labels.dtype.is_floating_point or labels.dtype in {torch.bool, torch.cfloat}:
-            kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            raise TypeError(f"labels must be an integer tensor, got {kind}")
-        labels = per_token("labels", labels, shape, device).long().contiguous()
-        kept = labels != ignore_index
+        labels = per_token("labels", "integer", labels, INTEGER_DTYPES, shape, device).long().contiguous()
+        kept = labels != check_integer("ignore_index", ignore_index)
         active = kept if active is None else active & kept
         in_range = (labels >= 0) & (labels < problem.vocab) | ~active
         if values_are_checked(labels):
@@ -225,6 +224,25 @@ def active_rows(problem: Problem, mask: Tensor | None, labels: Tensor | None, ig
     if active is not None:
         active = active.contiguous()
     return problem._replace(spec=problem.spec._replace(labels=labels, active=active))
+
+
+def check_normalizer(normalizer: object, device: torch.device) -> None:
+    if not isinstance(normalizer, Tensor):
+        check_real("normalizer", normalizer, positive=True)
+        return
+    if normalizer.dim() != 0 or normalizer.dtype not in REAL_DTYPES:
+        raise TypeError(
+            f"normalizer must be a number or a 0-d real tensor, got {normalizer.dtype} {tuple(normalizer.shape)}"
+        )
+    if normalizer.device not in (device, CPU):
+        raise ValueError(f"normalizer is on {normalizer.device}, the student on {device}")
+    if values_are_checked(normalizer):
+        check_real("normalizer", normalizer.item(), positive=True)
+
+
+def check_memory_budget(memory_budget: object) -> None:
+    if memory_budget is not None and check_integer("memory_budget", memory_budget) <= 0:
+        raise ValueError(f"memory_budget must be None or a positive number of bytes, got {memory_budget!r}")
 
 
 def prepare_loss(
@@ -250,34 +268,33 @@ def prepare_loss(
         raise TypeError(f"divergence must be an instance such as {hint}, got {divergence!r}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if normalizer is not None and reduction != "mean":
-        raise ValueError(f"normalizer replaces the count of reduction='mean'; it cannot go with reduction={reduction!r}")
-    if isinstance(normalizer, Tensor):
-        if normalizer.dim() != 0:
-            raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
-    elif normalizer is not None and not (normalizer > 0 and normalizer < math.inf):
-        raise ValueError(f"normalizer must be positive and finite, got {normalizer!r}")
-    if isinstance(ce_weight, Tensor) or not math.isfinite(ce_weight):
-        raise ValueError(f"ce_weight must be a finite number, got {ce_weight!r}")
+    if teacher is None:
+        raise TypeError("teacher must be a tensor of logits, kd.Logits or kd.LMHead, got None")
+    ce_weight = check_real("ce_weight", ce_weight)
     if ce_weight != 0 and labels is None:
         raise ValueError(f"ce_weight={ce_weight} asks for a hard-label term, which needs labels")
     problem = pair(student, teacher, divergence.form, vocab_size, temperature, teacher_temperature)
+    if normalizer is not None:
+        if reduction != "mean":
+            raise ValueError(
+                f"normalizer replaces the count of reduction='mean'; it cannot go with reduction={reduction!r}"
+            )
+        check_normalizer(normalizer, problem.student.tensor.device)
     if mask is not None or labels is not None:
         problem = active_rows(problem, mask, labels, ignore_index)
         if ce_weight == 0:
             problem = problem._replace(spec=problem.spec._replace(labels=None))
     spec = problem.spec
     if weight is not None:
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"weight must be a tensor with one entry per token, got {type(weight).__name__}")
-        weight = per_token("weight", weight, problem.batch_shape, problem.student.tensor.device).to(problem.dtype)
+        device = problem.student.tensor.device
+        weight = per_token("weight", "real", weight, REAL_DTYPES, problem.batch_shape, device).to(problem.dtype)
         if spec.active is not None:
             weight = weight.masked_fill(~spec.active, 0.0)
     scale: float | Tensor = 1.0
-    if temperature_squared:
+    if check_flag("temperature_squared", temperature_squared):
         rows = spec.student_temperatures
         scale = spec.student_temperature**2 if rows is None else rows.square()
-    return problem, Total(reduction, scale, float(ce_weight), weight, normalizer)
+    return problem, Total(reduction, scale, ce_weight, weight, normalizer)
 
 
 def prepare_statistics(

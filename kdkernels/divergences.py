@@ -7,9 +7,10 @@ are tabulated in ``csrc/math/divergence.h``.
 from __future__ import annotations
 
 import enum
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from kdkernels.checks import check_real
 
 __all__ = [
     "JSD",
@@ -61,7 +62,7 @@ class Divergence:
 
     @property
     def form(self) -> Form:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say which formula computes it")
 
 
 def checked(owner: object, name: str, allowed: str, accepted: bool) -> None:
@@ -73,13 +74,7 @@ def checked(owner: object, name: str, allowed: str, accepted: bool) -> None:
 
 def as_number(owner: object, name: str) -> float:
     """The parameter as a finite float, which is also what the frozen instance keeps."""
-    value = getattr(owner, name)
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if isinstance(value, bool) or not math.isfinite(number):
-        raise ValueError(f"{type(owner).__name__}: {name} must be a finite number, got {value!r}")
+    number = check_real(f"{type(owner).__name__}: {name}", getattr(owner, name))
     object.__setattr__(owner, name, number)
     return number
 

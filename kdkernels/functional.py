@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kdkernels import arguments
 from kdkernels.backends import select as select_backend
+from kdkernels.checks import check_real
 from kdkernels.divergences import Divergence, ForwardKL
 from kdkernels.ops import divergence as divergence_ops
 from kdkernels.ops import linear_divergence as linear_divergence_ops
@@ -77,12 +78,13 @@ def distillation_loss(
         RuntimeError: the backend asked for is not available here.
         NotImplementedError: ``gradient_tolerance`` or ``process_group``.
     """
-    if gradient_tolerance != 0:
+    if check_real("gradient_tolerance", gradient_tolerance) != 0:
         raise NotImplementedError(f"gradient_tolerance must be 0, the exact gradient, got {gradient_tolerance!r}")
     if process_group is not None:
-        raise NotImplementedError("process_group must be None: a vocabulary sharded over processes is not supported yet")
-    if memory_budget is not None and (isinstance(memory_budget, bool) or not memory_budget > 0):
-        raise ValueError(f"memory_budget must be None or a positive number of bytes, got {memory_budget!r}")
+        raise NotImplementedError(
+            "process_group must be None: a vocabulary sharded over processes is not supported yet"
+        )
+    arguments.check_memory_budget(memory_budget)
     problem, total = arguments.prepare_loss(
         student,
         teacher,
@@ -108,20 +110,35 @@ def distillation_loss(
     linear = problem.student.weight is not None or problem.teacher.weight is not None
     # Half precision underflows unless the gradient is made with its upstream factor, such as a GradScaler's.
     half = torch.float16 in (problem.student.tensor.dtype, problem.teacher.tensor.dtype)
-    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else arguments.no_context:
-        if total.reduction == "none" or half or (backend != "cpu" and not linear):
-            if linear:
-                value, cross_entropy = linear_divergence_ops.rows(problem, memory_budget, backend)
-            else:
-                value, cross_entropy = divergence_ops.rows(problem, backend)
-            value = value * total.divergence_scale
-            if problem.spec.labels is not None:
-                value = value + total.cross_entropy_scale * cross_entropy
-            return reduce_rows(value, problem, total)
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return fused_loss(problem, total, linear, half, memory_budget, backend)
+    return fused_loss(problem, total, linear, half, memory_budget, backend)
+
+
+def fused_loss(
+    problem: arguments.Problem,
+    total: arguments.Total,
+    linear: bool,
+    half: bool,
+    memory_budget: int | None,
+    backend: str,
+) -> Tensor:
+    """The loss by operators: as a total with its gradient where that is possible, else row by row."""
+    if total.reduction != "none" and not half:
         scales = row_scales(problem, total)
         if linear:
             return linear_divergence_ops.total(problem, scales, memory_budget, backend)
-        return divergence_ops.total(problem, scales, backend)
+        if divergence_ops.has_total(backend, scales):
+            return divergence_ops.total(problem, scales, backend)
+    if linear:
+        value, cross_entropy = linear_divergence_ops.rows(problem, memory_budget, backend)
+    else:
+        value, cross_entropy = divergence_ops.rows(problem, backend)
+    value = value * total.divergence_scale
+    if problem.spec.labels is not None:
+        value = value + total.cross_entropy_scale * cross_entropy
+    return reduce_rows(value, problem, total)
 
 
 def refuse_temperature_gradient(problem: arguments.Problem) -> None:
@@ -163,6 +180,7 @@ def token_statistics(
     Raises:
         TypeError, ValueError, RuntimeError: as in ``distillation_loss``.
     """
+    arguments.check_memory_budget(memory_budget)
     problem = arguments.prepare_statistics(
         student,
         teacher,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from kdkernels.arguments import Problem, Total
+from kdkernels.backends.rows import Scales
 
-__all__ = ["Scales", "reduce_rows", "row_scales"]
+__all__ = ["reduce_rows", "row_scales"]
 
 
 def reduce_rows(values: Tensor, problem: Problem, total: Total) -> Tensor:
@@ -29,36 +28,34 @@ def reciprocal(problem: Problem, total: Total) -> float | Tensor:
         return total.normalizer.to(problem.dtype).reciprocal()
     if total.normalizer is not None:
         return 1.0 / total.normalizer
+    active = problem.spec.active
     if total.weight is not None:
         count = total.weight.sum()
-    elif problem.spec.active is not None:
-        count = problem.spec.active.sum(dtype=problem.dtype)
-    else:
+    elif active is None:
         rows = problem.student.tensor.shape[0]
         return 1.0 / rows if rows else 0.0
+    elif active.device.type == "cpu" and not torch.compiler.is_compiling():
+        return 1.0 / max(1, int(active.sum()))
+    else:
+        count = active.sum(dtype=problem.dtype)
     empty = count == 0
     return torch.where(empty, 0.0, 1.0 / torch.where(empty, 1.0, count))
 
 
-class Scales(NamedTuple):
-    """What the result gives to the value of each row: its gradient, known before the values are."""
-
-    divergence: Tensor
-    cross_entropy: Tensor | None
-
-
 def row_scales(problem: Problem, total: Total) -> Scales:
-    """The factors ``[N]`` such that the result is the sum of factor times value over the rows. Not for "none"."""
-    rows, device = problem.student.tensor.shape[0], problem.student.tensor.device
+    """What the result gives to the value of each row; not for reduction="none"."""
     scale = 1.0 if total.reduction == "sum" else reciprocal(problem, total)
-    divergence_scale = scale * total.divergence_scale
-    cross_entropy_scale = scale * total.cross_entropy_scale
+    divergence = scale * total.divergence_scale
+    cross_entropy = scale * total.cross_entropy_scale
+    if total.weight is None and not isinstance(divergence, Tensor):
+        # Then the scale is a number, and so is that of the cross-entropy, which has fewer factors.
+        assert not isinstance(cross_entropy, Tensor)
+        return Scales(divergence, None, cross_entropy, None)
 
     def per_row(factor: float | Tensor) -> Tensor:
         if total.weight is not None:
             return (total.weight * factor).to(problem.dtype)
-        if isinstance(factor, Tensor):
-            return factor.to(problem.dtype).expand(rows).contiguous()
-        return torch.full((rows,), factor, dtype=problem.dtype, device=device)
+        rows = problem.student.tensor.shape[0]
+        return torch.as_tensor(factor, dtype=problem.dtype).expand(rows).contiguous()
 
-    return Scales(per_row(divergence_scale), None if problem.spec.labels is None else per_row(cross_entropy_scale))
+    return Scales(0.0, per_row(divergence), 0.0, None if problem.spec.labels is None else per_row(cross_entropy))

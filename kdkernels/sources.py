@@ -2,37 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from kdkernels.checks import check_flag, check_floating, check_real
+
 __all__ = ["LMHead", "Logits", "Source"]
-
-LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def check_floating(owner: str, name: str, value: object) -> None:
-    """``name`` must be a dense floating-point tensor of a supported type."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{owner}: {name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype not in LOGIT_DTYPES:
-        allowed = ", ".join(str(dtype) for dtype in LOGIT_DTYPES)
-        raise TypeError(f"{owner}: {name} must have one of the dtypes {allowed}, got {value.dtype}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{owner}: {name} must be a dense tensor, got layout {value.layout}")
-
-
-def check_number(owner: str, name: str, value: float | None, positive: bool) -> float | None:
-    """``name`` must be None or a finite number; positive, or at least not zero."""
-    if value is None:
-        return None
-    number = float(value)
-    if not math.isfinite(number) or (number <= 0 if positive else number == 0):
-        kind = "positive" if positive else "other than 0"
-        raise ValueError(f"{owner}: {name} must be None or a finite number {kind}, got {value!r}")
-    return number
-
 
 class Logits:
     """A tensor of logits ``[..., V]``. A bare tensor means the same.
@@ -47,11 +22,11 @@ class Logits:
     __slots__ = ("donate", "tensor")
 
     def __init__(self, tensor: Tensor, *, donate: bool = False) -> None:
-        check_floating("Logits", "tensor", tensor)
+        check_floating("Logits: tensor", tensor)
         if tensor.dim() < 1:
             raise ValueError("Logits: tensor must have the shape [..., V], got a 0-d tensor")
         self.tensor = tensor
-        self.donate = bool(donate)
+        self.donate = check_flag("Logits: donate", donate)
 
 
 class LMHead:
@@ -77,8 +52,8 @@ class LMHead:
         softcap: float | None = None,
         logit_scale: float | None = None,
     ) -> None:
-        check_floating("LMHead", "hidden", hidden)
-        check_floating("LMHead", "weight", weight)
+        check_floating("LMHead: hidden", hidden)
+        check_floating("LMHead: weight", weight)
         if hidden.dim() < 1:
             raise ValueError("LMHead: hidden must have the shape [..., H], got a 0-d tensor")
         if weight.dim() != 2:
@@ -88,7 +63,7 @@ class LMHead:
                 f"LMHead: hidden has size {hidden.shape[-1]} and weight {tuple(weight.shape)} expects {weight.shape[1]}"
             )
         if bias is not None:
-            check_floating("LMHead", "bias", bias)
+            check_floating("LMHead: bias", bias)
             if bias.shape != weight.shape[:1]:
                 raise ValueError(f"LMHead: bias must have the shape [{weight.shape[0]}], got {tuple(bias.shape)}")
         for name, tensor in (("weight", weight), ("bias", bias)):
@@ -103,8 +78,10 @@ class LMHead:
         self.hidden = hidden
         self.weight = weight
         self.bias = bias
-        self.softcap = check_number("LMHead", "softcap", softcap, positive=True)
-        self.logit_scale = check_number("LMHead", "logit_scale", logit_scale, positive=False)
+        self.softcap = None if softcap is None else check_real("LMHead: softcap", softcap, positive=True)
+        self.logit_scale = None if logit_scale is None else check_real("LMHead: logit_scale", logit_scale)
+        if self.logit_scale == 0:
+            raise ValueError("LMHead: logit_scale must be a number other than 0, got 0")
 
 
 Source = Tensor | Logits | LMHead

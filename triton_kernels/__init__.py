@@ -1,1 +1,1 @@
-"""Triton kernels, one module per kernel family; installed as `kdkernels.triton_kernels`. Launched by `kdkernels.backends.triton`."""
+"""Triton kernels, one module per kernel family, launched by `kdkernels.backends.triton`."""

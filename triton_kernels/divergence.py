@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
-"""Divergences between two rows of logits: forward (value, cross-entropy, row statistics) and backward (logit gradients).
+"""Divergences between two rows of logits: value, cross-entropy and row statistics; gradients to the logits.
 
 p = softmax(teacher / tau_t), q = softmax(student / tau_s), d = log p - log q. One program handles one row. A divergence
 is a pair of functions (h_s, h_t) of p and q at each vocabulary entry, h_s = q dD/dq and h_t = p dD/dp up to a multiple
@@ -279,7 +279,7 @@ def divergence_forward_kernel(
     divergence, cross_entropy: [N] in COMPUTE; statistics: [N, STATISTICS] in COMPUTE.
     labels: int64 [N]; active: bool [N]; temperatures: [N]; each may be None. Scalars are fp64 for fp64 logits' sake.
 
-    Whole tiles go without a mask, which keeps their loads vectors for any vocabulary size; smaller masked ones take the rest.
+    Whole tiles go without a mask, so that their loads are vectors at any vocabulary size; smaller masked ones follow.
     """
     row = tl.program_id(0)
     if active is not None:
@@ -289,7 +289,6 @@ def divergence_forward_kernel(
                 tl.store(cross_entropy + row, 0.0)
             return
     HARD: tl.constexpr = labels is not None
-    TWO_SWEEPS: tl.constexpr = KIND >= JSD and KIND != RENYI
     student_temperature = row_scalar(student_temperature, student_temperatures, row, COMPUTE)
     teacher_temperature = row_scalar(teacher_temperature, teacher_temperatures, row, COMPUTE)
     student_scale = LOG2_E / student_temperature
@@ -508,7 +507,7 @@ def divergence_backward_kernel(
     REST_TILE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One row: the gradient to each logit, of the divergence and, where `grad_cross_entropy` is given, the hard-label term.
+    """One row: the gradients of the divergence and, where `grad_cross_entropy` is given, of the hard-label term.
 
     student, teacher: [N, V] logits as in forward; grad_student, grad_teacher: [N, V] in the logits' dtypes or None, and
     they may be the logits' own storage (each element is read before it is written, by the same thread); strides in

@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
-"""Pieces that every row kernel shares: tiles of logits, and softmax statistics that each lane keeps while its row streams by.
+"""Pieces that every row kernel shares: tiles of logits, and online softmax statistics.
 
-A tile is [UNROLL, LANES, WIDTH]. Every lane (one GPU thread) holds its own running maximum and sums, [LANES] vectors, so a
-sweep needs no exchange between threads; the lanes are merged once per row. Exponentials are taken in base 2, with log2(e) and
-the temperature folded into one factor: exp((x - m) / tau) = exp2((x - m) * scale), scale = log2(e) / tau. The maximum is
-subtracted first, so large logits lose no accuracy. Maxima start at LOGIT_FLOOR, which no logit is below.
+A tile is [UNROLL, LANES, WIDTH]. Every lane (one GPU thread) holds its own running maximum and sums, [LANES] vectors,
+so a sweep needs no exchange between threads; the lanes are merged once per row. Exponentials are taken in base 2, with
+log2(e) and the temperature folded into one factor: exp((x - m) / tau) = exp2((x - m) * scale), scale = log2(e) / tau.
+The maximum is subtracted first, so large logits lose no accuracy. Maxima start at LOGIT_FLOOR, which no logit is below.
 """
 
 import triton
@@ -30,7 +30,7 @@ def row_scalar(default, per_row, row, COMPUTE: tl.constexpr):
 
 @triton.jit
 def row_pointer(pointer, row, stride, WIDTH: tl.constexpr):
-    """The first logit of a row. `stride` counts vectors of WIDTH logits, which tells the compiler how rows are aligned."""
+    """The first logit of a row. `stride` counts vectors of WIDTH logits: so the compiler knows how rows are aligned."""
     return pointer + row.to(tl.int64) * stride * WIDTH
 
 
@@ -75,7 +75,7 @@ def load_logits(
     EVICTION: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """(logits, tanh): soft-capped, floored logits in COMPUTE, and the tanh of the cap (the logits where there is no cap).
+    """(logits, tanh): soft-capped, floored logits in COMPUTE, and the tanh of the cap (the logits if there is no cap).
 
     MASKED tiles reach past the row: elements that are not `valid` get the floor and must be left out of every sum.
     """
@@ -159,7 +159,7 @@ def log2_of(x, FAST_LOG: tl.constexpr):
 
 @triton.jit
 def round_to(values, DTYPE: tl.constexpr):
-    """Values in DTYPE, rounded to nearest. Triton's interpreter truncates fp32 to bf16, so it gets them rounded before."""
+    """Values in DTYPE, rounded to nearest. Triton's interpreter truncates fp32 to bf16, so it gets them rounded."""
     if INTERPRETED and DTYPE == tl.bfloat16:
         values = values.to(tl.float32)
         bits = values.to(tl.uint32, bitcast=True)

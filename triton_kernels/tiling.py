@@ -8,20 +8,15 @@ TILE_ELEMENTS_PER_LANE = 16  # of each operand; with two operands and their stat
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """One program walks its row in tiles of `unroll * lanes * width` logits; lane j owns `width` adjacent ones of each unrolled step.
+    """One program walks its row in tiles of `unroll * lanes * width` logits.
 
-    width: adjacent logits one lane loads at once. lanes: threads of a program. unroll: independent loads in flight per lane.
+    width: adjacent logits that a lane loads at once. lanes: threads of a program. unroll: loads of a lane per tile.
     """
 
     width: int
     lanes: int
     unroll: int
     num_warps: int
-
-    @property
-    def block(self) -> int:
-        """Logits per tile."""
-        return self.unroll * self.lanes * self.width
 
 
 def choose_tiling(vocab_size: int, largest_itemsize: int, aligned: bool, warp_size: int = 32) -> Tiling:

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
-"""What one streaming pass over the logits tells about each token: normalisers, entropies, KL divergences, arg max, label log-probs.
+"""Token statistics in one pass over the logits: normalisers, entropies, KL divergences, arg max, label log-probs.
 
 One program handles one row and reads each logit once. p = softmax(teacher / tau_t), q = softmax(student / tau_s).
 """
@@ -43,8 +43,8 @@ NO_COLUMN = tl.constexpr(2**31 - 1)
 def advance_side(maximum, total, moment, best, logits, scale, columns, valid, MASKED: tl.constexpr):
     """One more tile of one side's logits.
 
-    Per lane: maximum, total = sum 2^z, moment = sum 2^z z, best = the lowest column that holds the maximum. Returns them
-    with the tile's exponents z = (logits - maximum) * scale, the powers 2^z, and the shift of the older exponents.
+    Per lane: maximum, total = sum 2^z, moment = sum 2^z z, best = the lowest column that holds the maximum. Returns
+    them with the tile's exponents z = (logits - maximum) * scale, the powers 2^z, and the shift of older exponents.
     """
     new, shift, z = advance_maximum(maximum, logits, scale)
     power = powers_of_two(z, valid, MASKED)
@@ -97,7 +97,7 @@ def accumulate(
 
 @triton.jit
 def merge_side(maximum, total, moment, best, scale, vocab_size):
-    """The row's (maximum, sum, log2 of it, entropy, arg max) from its lanes', and the shift of each lane's exponents."""
+    """The row's maximum, sum, log2 of it, entropy and arg max from its lanes', and the shift of their exponents."""
     row_maximum, shift = merge_maximum(maximum, scale)
     rescale = tl.exp2(shift)
     row_total = tl.sum(total * rescale, axis=0)
@@ -135,7 +135,7 @@ def token_statistics_kernel(
 ):
     """One row of statistics.
 
-    student, teacher: [N, V] logits, adjacent columns, row strides in vectors of WIDTH logits; teacher may be None; grid (N,).
+    student, teacher: [N, V] logits, adjacent columns, row strides in vectors of WIDTH logits; teacher may be None.
     values: [N, VALUES] in COMPUTE, columns as named above; normalisers, entropies, KLs and label log-probs are of the
     tempered logits, maxima of the raw (capped, floored) ones; NaN where there is no teacher or no label.
     argmax: int64 [N, 2], student and teacher, the lowest column among equals. Inactive rows are all 0.

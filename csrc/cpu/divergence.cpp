@@ -17,7 +17,7 @@ namespace {
 // The scratch rows of a thread.
 template <class Real>
 struct Scratch {
-  Real *student, *teacher;            // exponentials, later perhaps h_t / h_s
+  Real *student, *teacher;  // exponentials, later perhaps h_t / h_s
   Real *student_terms, *teacher_terms;
   Real *student_reference, *teacher_reference;  // what a block's exponentials are relative to
 
@@ -93,8 +93,11 @@ class Row {
                                                   problem_.b);
     }
     if (problem_.divergence) static_cast<Real*>(problem_.divergence)[row_] = static_cast<Real>(value);
-    if (problem_.labels && problem_.cross_entropy)
-      static_cast<Real*>(problem_.cross_entropy)[row_] = static_cast<Real>(cross_entropy());
+    const double hard = problem_.labels ? cross_entropy() : 0;
+    if (problem_.cross_entropy) static_cast<Real*>(problem_.cross_entropy)[row_] = static_cast<Real>(hard);
+    if (problem_.weighted)
+      problem_.weighted[row_] = static_cast<double>(per_row<Real>(problem_.grad_divergence, row_)) * value +
+                                static_cast<double>(per_row<Real>(problem_.grad_cross_entropy, row_)) * hard;
     if (gradient) gradients();
   }
 
@@ -240,11 +243,11 @@ class Row {
   // The last sweep: writes the gradients.
   void gradients() const {
     const bool to_student = problem_.grad_student.data, to_teacher = problem_.grad_teacher.data;
-    const Real upstream = problem_.grad_divergence ? static_cast<const Real*>(problem_.grad_divergence)[row_] : Real(0);
-    const Real label_upstream =
-        problem_.grad_cross_entropy ? static_cast<const Real*>(problem_.grad_cross_entropy)[row_] : Real(0);
+    const Real upstream = per_row<Real>(problem_.grad_divergence, row_);
+    const Real label_upstream = problem_.labels ? per_row<Real>(problem_.grad_cross_entropy, row_) : Real(0);
     const bool label_softmax_apart = label_temperature_differs_ && label_upstream != Real(0);
-    const bool logs = (to_student && Traits::logs_for_student_gradient) || (to_teacher && Traits::logs_for_teacher_gradient);
+    const bool logs =
+        (to_student && Traits::logs_for_student_gradient) || (to_teacher && Traits::logs_for_teacher_gradient);
     const bool compute_logs = logs && (renyi || !Traits::two_sweeps);
     const bool raw = compute_logs || label_softmax_apart || student_.masked || teacher_.masked ||
                      student_.softcap != Real(0) || teacher_.softcap != Real(0);
@@ -272,14 +275,14 @@ class Row {
       Real* student_out = direct_student ? destination(problem_.grad_student, start) : student_buffer;
       Real* teacher_out = direct_teacher ? destination(problem_.grad_teacher, start) : teacher_buffer;
       if (to_teacher) {
-        teacher_gradient(start, n, static_cast<Real>(upstream * teacher_.inverse_temperature), student_scale, teacher_scale, student_logs,
-                         teacher_logs, teacher_out);
+        teacher_gradient(start, n, static_cast<Real>(upstream * teacher_.inverse_temperature), student_scale,
+                         teacher_scale, student_logs, teacher_logs, teacher_out);
         through_clamp_and_softcap(teacher_, n, t, teacher_out);
       }
       if (to_student) {
         const Real own = label_softmax_apart ? Real(0) : label_upstream;
-        student_gradient(start, n, static_cast<Real>(upstream * student_.inverse_temperature), own, student_scale, teacher_scale,
-                         student_logs, teacher_logs, student_out);
+        student_gradient(start, n, static_cast<Real>(upstream * student_.inverse_temperature), own, student_scale,
+                         teacher_scale, student_logs, teacher_logs, student_out);
         if (label_softmax_apart) {
           const Real scale = static_cast<Real>(label_upstream / label_sum_);
           exp2_block(s, n, log2_e, student_.max * log2_e, student_logs);  // whose logs have served
@@ -370,7 +373,8 @@ class Row {
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) {
           const Real q = kept[i] * student_scale;
-          const auto h = math::terms<kind, Real>(teacher_kept[i] * teacher_scale, q, teacher_logs[i], student_logs[i], a, b);
+          const auto h =
+              math::terms<kind, Real>(teacher_kept[i] * teacher_scale, q, teacher_logs[i], student_logs[i], a, b);
           out[i] = scale * h.student + own * q;
         }
       }
@@ -402,7 +406,8 @@ class Row {
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) {
           const Real p = kept[i] * teacher_scale;
-          const auto h = math::terms<kind, Real>(p, student_kept[i] * student_scale, teacher_logs[i], student_logs[i], a, b);
+          const auto h =
+              math::terms<kind, Real>(p, student_kept[i] * student_scale, teacher_logs[i], student_logs[i], a, b);
           out[i] = scale * h.teacher + own * p;
         }
       }
@@ -425,6 +430,7 @@ class Row {
 void clear_row(const RowProblem& problem, int64_t row) {
   const int64_t size = problem.compute_double ? 8 : 4;
   if (problem.divergence) std::memset(static_cast<char*>(problem.divergence) + row * size, 0, size);
+  if (problem.weighted) problem.weighted[row] = 0;
   if (problem.cross_entropy) std::memset(static_cast<char*>(problem.cross_entropy) + row * size, 0, size);
   for (const Matrix& gradient : {problem.grad_student, problem.grad_teacher})
     if (gradient.data) std::memset(entry_address(gradient, row, 0), 0, problem.vocab * dtype_size(gradient.dtype));

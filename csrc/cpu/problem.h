@@ -43,13 +43,14 @@ struct RowProblem {
 
   void* divergence = nullptr;     // [rows]
   void* cross_entropy = nullptr;  // [rows] if labels
-  const void* grad_divergence = nullptr;
-  const void* grad_cross_entropy = nullptr;
-  Matrix grad_student;  // may share the storage of student
-  Matrix grad_teacher;  // may share the storage of teacher
+  PerRow grad_divergence;         // what the result gives to each value
+  PerRow grad_cross_entropy;
+  double* weighted = nullptr;  // [rows]: grad_divergence * divergence + grad_cross_entropy * cross_entropy
+  Matrix grad_student;         // may share the storage of student
+  Matrix grad_teacher;         // may share the storage of teacher
 
-  void* statistics = nullptr;       // [rows, statistics_count]
-  int64_t* argmax = nullptr;        // [rows, 2]
+  void* statistics = nullptr;  // [rows, statistics_count]
+  int64_t* argmax = nullptr;   // [rows, 2]
 };
 
 constexpr int statistics_count = 10;
@@ -59,8 +60,8 @@ constexpr int statistics_count = 10;
 void* thread_scratch(int64_t bytes);
 
 // One entry point per instruction set and family. False: out of memory.
-#define KD_DECLARE_CPU_KERNELS(isa)              \
-  namespace isa {                                \
+#define KD_DECLARE_CPU_KERNELS(isa)                 \
+  namespace isa {                                   \
   bool divergence(const RowProblem& problem);       \
   bool token_statistics(const RowProblem& problem); \
   }

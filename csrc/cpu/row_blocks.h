@@ -145,9 +145,7 @@ inline void stream_fence() {
 #endif
 }
 
-constexpr int64_t dtype_size(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
-}
+constexpr int64_t dtype_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 inline char* entry_address(const Matrix& matrix, int64_t row, int64_t column) {
   return static_cast<char*>(matrix.data) + (row * matrix.stride + column) * dtype_size(matrix.dtype);
@@ -232,11 +230,11 @@ struct Stream {
   int64_t row;
   Real softcap;
   double inverse_temperature;
-  Real scale;              // log2(e) / temperature
+  Real scale;                                 // log2(e) / temperature
   Real max = static_cast<Real>(logit_floor);  // of the raw logits seen so far
-  Real reference;          // max * scale
-  double sum = 0;          // of 2^(x * scale - reference)
-  bool masked = false;     // some entry lay below logit_floor
+  Real reference;                             // max * scale
+  double sum = 0;                             // of 2^(x * scale - reference)
+  bool masked = false;                        // some entry lay below logit_floor
 
   static constexpr double log2_e = 1.4426950408889634074;
   static constexpr double log_2 = 0.69314718055994530942;

@@ -6,8 +6,16 @@ namespace {
 
 // The columns of RowProblem::statistics.
 enum Column {
-  lse_student, lse_teacher, forward_kl, reverse_kl, entropy_student, entropy_teacher,
-  max_student, max_teacher, label_student, label_teacher,
+  lse_student,
+  lse_teacher,
+  forward_kl,
+  reverse_kl,
+  entropy_student,
+  entropy_teacher,
+  max_student,
+  max_teacher,
+  label_student,
+  label_teacher,
 };
 static_assert(label_teacher + 1 == statistics_count);
 
@@ -98,8 +106,10 @@ void run_row(const RowProblem& problem, int64_t row) {
   out[entropy_teacher] = static_cast<Real>(pair ? teacher.entropy() : nan);
   out[max_student] = student.stream.max;
   out[max_teacher] = pair ? teacher.stream.max : static_cast<Real>(nan);
-  out[label_student] = static_cast<Real>(problem.labels ? student.stream.log_probability(student.stream.logit(label)) : nan);
-  out[label_teacher] = static_cast<Real>(problem.labels && pair ? teacher.stream.log_probability(teacher.stream.logit(label)) : nan);
+  out[label_student] =
+      static_cast<Real>(problem.labels ? student.stream.log_probability(student.stream.logit(label)) : nan);
+  out[label_teacher] =
+      static_cast<Real>(problem.labels && pair ? teacher.stream.log_probability(teacher.stream.logit(label)) : nan);
   argmax[0] = student.argmax;
   argmax[1] = teacher.argmax;
 }

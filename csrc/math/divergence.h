@@ -15,14 +15,14 @@ namespace kd {
 enum class Kind : int {
   forward_kl = 0,
   reverse_kl = 1,
-  jeffreys = 2,              // a: weight of the forward KL
-  jsd = 3,                   // a: beta, m = a p + (1 - a) q
-  skew_forward_kl = 4,       // a: alpha, m = a p + (1 - a) q
-  skew_reverse_kl = 5,       // a: alpha, m = (1 - a) p + a q
+  jeffreys = 2,         // a: weight of the forward KL
+  jsd = 3,              // a: beta, m = a p + (1 - a) q
+  skew_forward_kl = 4,  // a: alpha, m = a p + (1 - a) q
+  skew_reverse_kl = 5,  // a: alpha, m = (1 - a) p + a q
   total_variation = 6,
-  alpha = 7,                 // a: alpha, b: factor in front
-  renyi = 8,                 // a: order
-  alpha_beta = 9,            // a, b: both exponents
+  alpha = 7,       // a: alpha, b: factor in front
+  renyi = 8,       // a: order
+  alpha_beta = 9,  // a, b: both exponents
 };
 constexpr int kind_count = 10;
 

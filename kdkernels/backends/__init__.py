@@ -17,6 +17,8 @@ import torch
 __all__ = ["BackendStatus", "backends", "row_backend", "select"]
 
 NAMES = ("reference", "cpu", "triton")
+HAVE_TOTAL = ("cpu",)
+"""The row backends with a ``divergence_total``."""
 
 
 class BackendStatus(NamedTuple):
@@ -51,7 +53,7 @@ def warn_fallback(name: str, reason: str) -> None:
     warnings.warn(f"kdkernels falls back to plain PyTorch: the {name} backend is not available, {reason}", stacklevel=2)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def select(requested: str | None, device: str) -> str:
     """The backend for tensors on a device of this type: the one requested, or the best available.
 

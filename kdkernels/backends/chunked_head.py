@@ -104,7 +104,9 @@ class Head:
                 self.weight_sum.addmm_(gradient.t(), hidden, beta=0 if first else 1, alpha=scale)
             else:
                 part = gradient.t() @ hidden
-                self.weight_sum = part.float().mul_(scale) if self.weight_sum is None else self.weight_sum.add_(part, alpha=scale)
+                self.weight_sum = (
+                    part.float().mul_(scale) if self.weight_sum is None else self.weight_sum.add_(part, alpha=scale)
+                )
         if self.needs.bias:
             part = gradient.sum(0, dtype=torch.float64 if gradient.dtype == torch.float64 else torch.float32)
             self.bias_sum = part.mul_(scale) if self.bias_sum is None else self.bias_sum.add_(part, alpha=scale)
@@ -233,7 +235,9 @@ def statistics(
         for chunk, heads in walk(sides, [Needs(False)] * len(sides), memory_budget)
     ]
     if not parts:
-        vocab = student.tensor.new_empty(0, student.tensor.shape[1] if student.weight is None else student.weight.shape[0])
+        vocab = student.tensor.new_empty(
+            0, student.tensor.shape[1] if student.weight is None else student.weight.shape[0]
+        )
         return kernels.token_statistics(vocab, None if teacher is None else vocab, spec)  # type: ignore[no-any-return]
     values, argmax = zip(*parts, strict=True)
     return torch.cat(values), torch.cat(argmax)

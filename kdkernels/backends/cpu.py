@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends import native
-from kdkernels.backends.rows import STATISTICS, RowSpec, compute_dtype
+from kdkernels.backends.rows import STATISTICS, RowSpec, Scales, compute_dtype
 
 __all__ = [
     "SAVED_STATISTICS",
     "divergence_backward",
     "divergence_forward",
     "divergence_fused",
+    "divergence_total",
     "status",
     "token_statistics",
 ]
@@ -22,7 +23,9 @@ __all__ = [
 SAVED_STATISTICS = 0
 """Columns of the statistics that the forward hands to the backward."""
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_FLOAT64 = 3
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: _FLOAT64}
+NO_SCALES = Scales(0.0, None, 0.0, None)
 
 
 def status() -> tuple[bool, str]:
@@ -45,28 +48,30 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _matrix(tensor: Tensor | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0), _DTYPES[tensor.dtype])
-
-
 def _sides(student: Tensor, teacher: Tensor | None, spec: RowSpec) -> tuple[Any, ...]:
     """The leading arguments that all kernels share."""
     rows, vocab = student.shape
+    _, _, _, student_temperature, student_rows, teacher_temperature, teacher_rows, *softcaps, labels, active = spec
+    student_type = _DTYPES[student.dtype]
+    teacher_type = student_type if teacher is None else _DTYPES[teacher.dtype]
     return (
         torch.get_num_threads(),
-        compute_dtype(student, teacher) == torch.float64,
+        student_type == _FLOAT64 or teacher_type == _FLOAT64,
         rows,
         vocab,
-        *_matrix(student),
-        *_matrix(teacher),
-        spec.student_temperature,
-        _address(spec.student_temperatures),
-        spec.teacher_temperature,
-        _address(spec.teacher_temperatures),
-        spec.student_softcap,
-        spec.teacher_softcap,
-        _address(spec.labels),
-        _address(spec.active),
+        student.data_ptr(),
+        student.stride(0),
+        student_type,
+        0 if teacher is None else teacher.data_ptr(),
+        0 if teacher is None else teacher.stride(0),
+        teacher_type,
+        student_temperature,
+        _address(student_rows),
+        teacher_temperature,
+        _address(teacher_rows),
+        *softcaps,
+        _address(labels),
+        _address(active),
     )
 
 
@@ -74,24 +79,26 @@ def _launch(
     student: Tensor,
     teacher: Tensor,
     spec: RowSpec,
-    divergence: Tensor | None,
-    cross_entropy: Tensor | None,
-    grad_divergence: Tensor | None,
-    grad_cross_entropy: Tensor | None,
-    grad_student: Tensor | None,
-    grad_teacher: Tensor | None,
+    scales: Scales = NO_SCALES,
+    *,
+    divergence: Tensor | None = None,
+    cross_entropy: Tensor | None = None,
+    grad_student: Tensor | None = None,
+    grad_teacher: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> None:
     _module().divergence(
         *_sides(student, teacher, spec),
-        spec.kind,
-        spec.a,
-        spec.b,
+        *spec[:3],
         _address(divergence),
         _address(cross_entropy),
-        _address(grad_divergence),
-        _address(grad_cross_entropy),
-        *_matrix(grad_student)[:2],
-        *_matrix(grad_teacher)[:2],
+        scales.divergence_factor,
+        _address(scales.divergence),
+        scales.cross_entropy_factor,
+        _address(scales.cross_entropy),
+        *((0, 0) if grad_student is None else (grad_student.data_ptr(), grad_student.stride(0))),
+        *((0, 0) if grad_teacher is None else (grad_teacher.data_ptr(), grad_teacher.stride(0))),
+        _address(total),
     )
 
 
@@ -103,7 +110,7 @@ def _values(student: Tensor, teacher: Tensor, spec: RowSpec) -> tuple[Tensor, Te
 
 def divergence_forward(student: Tensor, teacher: Tensor, spec: RowSpec) -> tuple[Tensor, Tensor, Tensor]:
     divergence, cross_entropy = _values(student, teacher, spec)
-    _launch(student, teacher, spec, divergence, cross_entropy, None, None, None, None)
+    _launch(student, teacher, spec, divergence=divergence, cross_entropy=cross_entropy)
     return divergence, cross_entropy, divergence.new_empty(divergence.shape[0], SAVED_STATISTICS)
 
 
@@ -118,7 +125,8 @@ def divergence_backward(
     grad_teacher: Tensor | None,
 ) -> None:
     # The rows are in the cache when the gradient is written, so the normalisers are found anew: no statistics.
-    _launch(student, teacher, spec, None, None, grad_divergence, grad_cross_entropy, grad_student, grad_teacher)
+    scales = Scales(0.0, grad_divergence, 0.0, grad_cross_entropy)
+    _launch(student, teacher, spec, scales, grad_student=grad_student, grad_teacher=grad_teacher)
 
 
 def divergence_fused(
@@ -132,9 +140,30 @@ def divergence_fused(
 ) -> tuple[Tensor, Tensor]:
     divergence, cross_entropy = _values(student, teacher, spec)
     _launch(
-        student, teacher, spec, divergence, cross_entropy, grad_divergence, grad_cross_entropy, grad_student, grad_teacher
+        student,
+        teacher,
+        spec,
+        Scales(0.0, grad_divergence, 0.0, grad_cross_entropy),
+        divergence=divergence,
+        cross_entropy=cross_entropy,
+        grad_student=grad_student,
+        grad_teacher=grad_teacher,
     )
     return divergence, cross_entropy
+
+
+def divergence_total(
+    student: Tensor,
+    teacher: Tensor,
+    spec: RowSpec,
+    scales: Scales,
+    grad_student: Tensor | None,
+    grad_teacher: Tensor | None,
+) -> Tensor:
+    """The sum over the rows of scale times value, and its gradients; nothing is kept per row."""
+    total = torch.empty((), dtype=compute_dtype(student, teacher))
+    _launch(student, teacher, spec, scales, grad_student=grad_student, grad_teacher=grad_teacher, total=total)
+    return total
 
 
 def token_statistics(student: Tensor, teacher: Tensor | None, spec: RowSpec) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ is float64 if either side is, else float32.
     own logits.
 ``divergence_fused(student, teacher, spec, grad_divergence, grad_cross_entropy, grad_student, grad_teacher)``
     Both at once, for a caller who knows the upstream gradient beforehand; returns ``(divergence, cross_entropy)``.
+``divergence_total(student, teacher, spec, scales, grad_student, grad_teacher) -> 0-d tensor``
+    Optional, where one call per loss is worth having: the scaled sum of the values, with its gradients.
 ``token_statistics(student, teacher or None, spec) -> (values [N, 10], argmax [N, 2])``
     The columns are named in ``STATISTICS``.
 
@@ -24,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["STATISTICS", "RowSpec", "Side", "compute_dtype", "row_temperature"]
+__all__ = ["STATISTICS", "RowSpec", "Scales", "Side", "compute_dtype", "row_temperature"]
 
 
 class RowSpec(NamedTuple):
@@ -77,6 +79,26 @@ class Side(NamedTuple):
             or (self.weight is not None and self.weight.requires_grad)
             or (self.bias is not None and self.bias.requires_grad)
         )
+
+
+class Scales(NamedTuple):
+    """What a scalar result gives to the value of each row, which is also its gradient before the values are known.
+
+    The scale of row i is the tensor's (``[N]``, of the compute type) where that is given, else the number.
+    """
+
+    divergence_factor: float
+    divergence: Tensor | None
+    cross_entropy_factor: float
+    cross_entropy: Tensor | None
+
+    def per_row(self, rows: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as tensors ``[rows]``."""
+        divergence, cross_entropy = (
+            like.new_full((rows,), factor) if tensor is None else tensor
+            for factor, tensor in ((self[0], self[1]), (self[2], self[3]))
+        )
+        return divergence, cross_entropy
 
 
 STATISTICS = (

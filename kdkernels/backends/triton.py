@@ -1,6 +1,6 @@
 """The Triton backend: launches the kernels of ``kdkernels.triton_kernels`` on CUDA and ROCm tensors.
 
-With ``TRITON_INTERPRET=1`` set before the kernels are first used, they run in Triton's interpreter instead, on CPU tensors.
+With ``TRITON_INTERPRET=1`` set before triton is imported, they run in Triton's interpreter instead, on CPU tensors.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from kdkernels.backends.rows import STATISTICS, RowSpec, compute_dtype
 
 __all__ = [
+    "SAVED_STATISTICS",
     "divergence_backward",
     "divergence_forward",
     "divergence_fused",
@@ -25,10 +26,15 @@ __all__ = [
 ]
 
 
+SAVED_STATISTICS = 7
+"""Columns of the statistics that the forward hands to the backward."""
+
+
 class _Kernels(NamedTuple):
     """The modules that need triton, imported at first use so that the package works without it."""
 
     language: ModuleType
+    jit_function: type
     divergence: ModuleType
     token_statistics: ModuleType
     tiling: ModuleType
@@ -42,7 +48,7 @@ def _kernels() -> _Kernels:
     from kdkernels.triton_kernels import divergence, online_softmax, tiling, token_statistics
 
     interpreted = bool(online_softmax.INTERPRETED.value)
-    return _Kernels(triton.language, divergence, token_statistics, tiling, interpreted)
+    return _Kernels(triton.language, triton.JITFunction, divergence, token_statistics, tiling, interpreted)
 
 
 def _is_hip() -> bool:
@@ -55,10 +61,12 @@ def status() -> tuple[bool, str]:
         kernels = _kernels()
     except ImportError as error:
         return False, f"triton could not be imported: {error}"
+    if isinstance(kernels.language.sum, kernels.jit_function) == kernels.interpreted:
+        return False, "TRITON_INTERPRET was changed after triton had been imported; set it before Python starts"
     if kernels.interpreted:
         return True, "Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)"
     if not torch.cuda.is_available():
-        return False, "no CUDA or ROCm device; with TRITON_INTERPRET=1 the kernels run in Triton's interpreter on the CPU"
+        return False, "no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter on the CPU)"
     names = sorted({torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())})
     return True, f"{'ROCm' if _is_hip() else 'CUDA'}: {', '.join(names)}"
 
@@ -133,13 +141,13 @@ def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def divergence_forward(student: Tensor, teacher: Tensor, spec: RowSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """(divergence [N], cross_entropy [N] or [0], statistics [N, 7] for the backward)."""
+    """(divergence [N], cross_entropy [N] or [0], statistics [N, SAVED_STATISTICS])."""
     rows, vocab_size = student.shape
     kernels = _kernels()
     launch = _launch(student, teacher)
     divergence = torch.empty(rows, dtype=compute_dtype(student, teacher), device=student.device)
     cross_entropy = divergence.new_empty(0 if spec.labels is None else rows)
-    statistics = divergence.new_empty(rows, kernels.divergence.STATISTICS.value)
+    statistics = divergence.new_empty(rows, SAVED_STATISTICS)
     if rows:
         with _on_device_of(student):
             kernels.divergence.divergence_forward_kernel[(rows,)](

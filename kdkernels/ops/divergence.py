@@ -14,25 +14,20 @@ import torch
 from torch import Tensor
 
 from kdkernels.arguments import Problem
-from kdkernels.backends import row_backend
-from kdkernels.backends.rows import RowSpec, compute_dtype
+from kdkernels.backends import HAVE_TOTAL, row_backend
+from kdkernels.backends.rows import RowSpec, Scales, compute_dtype
 from kdkernels.ops.eager import take_scaled, traced
 from kdkernels.ops.schema import SPEC, spec_gradients
-from kdkernels.reductions import Scales
 from kdkernels.reference import rows as reference
 
-__all__ = ["rows", "total"]
+__all__ = ["has_total", "rows", "total"]
 
 OptionalGradients = tuple[Tensor | None, Tensor | None]
 
 
 def gradient_like(logits: Tensor, wanted: bool) -> Tensor:
+    """Where a gradient goes; an operator returns an empty tensor for one that is not wanted."""
     return logits.new_empty(logits.shape if wanted else 0)
-
-
-def or_none(gradient: Tensor) -> Tensor | None:
-    """An operator returns an empty tensor for a gradient that is not wanted."""
-    return gradient if gradient.numel() else None
 
 
 def forward(student: Tensor, teacher: Tensor, backend: str, *spec: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,8 +120,8 @@ def differentiable_gradients(
 
 
 def setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    student, teacher, backend, *spec = inputs
-    spec = RowSpec(*spec)
+    student, teacher, backend, *fields = inputs
+    spec = RowSpec(*fields)
     ctx.save_for_backward(
         student, teacher, output[2], spec.student_temperatures, spec.teacher_temperatures, spec.labels, spec.active
     )
@@ -175,112 +170,68 @@ def rows(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     if traced(student, teacher):
         values = divergence_op(student, teacher, backend, *problem.spec)
     elif torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
-        values = Rows.apply(student, teacher, backend, *problem.spec)
+        values = Rows.apply(student, teacher, backend, *problem.spec)  # type: ignore[no-untyped-call]
     else:
         values = forward(student, teacher, backend, *problem.spec)
     return values[0], values[1]
 
 
-def fused(
-    student: Tensor,
-    teacher: Tensor,
-    divergence_scale: Tensor,
-    cross_entropy_scale: Tensor | None,
-    grad_student: Tensor | None,
-    grad_teacher: Tensor | None,
-    backend: str,
-    spec: RowSpec,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum of scale times value, divergence, cross_entropy), with the gradients written where they are wanted."""
-    kernels = row_backend(backend)
-    if grad_student is None and grad_teacher is None:
-        divergence, cross_entropy, _ = kernels.divergence_forward(student, teacher, spec)
-    else:
-        divergence, cross_entropy = kernels.divergence_fused(
-            student, teacher, spec, divergence_scale, cross_entropy_scale, grad_student, grad_teacher
-        )
-    value = torch.dot(divergence_scale, divergence)
-    if cross_entropy_scale is not None:
-        value = value + torch.dot(cross_entropy_scale, cross_entropy)
-    return value, divergence, cross_entropy
-
-
 def forward_total(
     student: Tensor,
     teacher: Tensor,
-    divergence_scale: Tensor,
+    divergence_factor: float,
+    divergence_scale: Tensor | None,
+    cross_entropy_factor: float,
     cross_entropy_scale: Tensor | None,
     to_student: bool,
     to_teacher: bool,
     backend: str,
     *spec: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     grad_student, grad_teacher = gradient_like(student, to_student), gradient_like(teacher, to_teacher)
-    values = fused(
+    value = row_backend(backend).divergence_total(
         student,
         teacher,
-        divergence_scale.contiguous(),
-        None if cross_entropy_scale is None else cross_entropy_scale.contiguous(),
+        RowSpec(*spec),
+        Scales(divergence_factor, divergence_scale, cross_entropy_factor, cross_entropy_scale),
         grad_student if to_student else None,
         grad_teacher if to_teacher else None,
-        backend,
-        RowSpec(*spec),
     )
-    return *values, grad_student, grad_teacher
+    return value, grad_student, grad_teacher
 
 
 divergence_total_op = torch.library.custom_op(
     "kdkernels::divergence_total",
     forward_total,
     mutates_args=(),
-    schema="(Tensor student, Tensor teacher, Tensor divergence_scale, Tensor? cross_entropy_scale, bool to_student, "
-    f"bool to_teacher, str backend, {SPEC}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor student, Tensor teacher, float divergence_factor, Tensor? divergence_scale, "
+    "float cross_entropy_factor, Tensor? cross_entropy_scale, bool to_student, bool to_teacher, str backend, "
+    f"{SPEC}) -> (Tensor, Tensor, Tensor)",
 )
 
 
 @divergence_total_op.register_fake
-def _(
-    student: Tensor,
-    teacher: Tensor,
-    divergence_scale: Tensor,
-    cross_entropy_scale: Tensor | None,
-    to_student: bool,
-    to_teacher: bool,
-    backend: str,
-    *spec: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    count = student.shape[0]
-    divergence = student.new_empty(count, dtype=compute_dtype(student, teacher))
-    cross_entropy = divergence.new_empty(0 if RowSpec(*spec).labels is None else count)
-    return (
-        divergence.new_empty(()),
-        divergence,
-        cross_entropy,
-        gradient_like(student, to_student),
-        gradient_like(teacher, to_teacher),
-    )
+def _(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    to_student, to_teacher = rest[4:6]
+    value = student.new_empty((), dtype=compute_dtype(student, teacher))
+    return value, gradient_like(student, to_student), gradient_like(teacher, to_teacher)
 
 
 def setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    has_labels = inputs[3] is not None
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], output[2] if has_labels else None, output[3], output[4])
+    ctx.save_for_backward(*output[1:])
+    ctx.arguments = len(inputs)
 
 
 def backward_total(ctx: Any, grad_total: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    divergence, cross_entropy, grad_student, grad_teacher = ctx.saved_tensors
-    if grad_total is None:
-        return (None,) * (7 + len(spec_gradients()))
+    grad_student, grad_teacher = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    return (
-        grad_student * grad_total if needs[0] else None,
-        grad_teacher * grad_total if needs[1] else None,
-        divergence * grad_total if needs[2] else None,
-        cross_entropy * grad_total if needs[3] else None,
-        *(None,) * 3,
-        *spec_gradients(),
+    gradients = (
+        grad_student * grad_total if needs[0] and grad_total is not None else None,
+        grad_teacher * grad_total if needs[1] and grad_total is not None else None,
     )
+    return *gradients, *(None,) * (ctx.arguments - 2)
 
 
 divergence_total_op.register_autograd(backward_total, setup_context=setup_total)
@@ -290,82 +241,70 @@ class FusedTotal(torch.autograd.Function):
     """``divergence_total`` in eager mode, where the gradient is handed on without a copy and may be donated memory."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        divergence_scale: Tensor,
-        cross_entropy_scale: Tensor | None,
-        donate: bool,
-        backend: str,
-        spec: RowSpec,
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, scales: Scales, donate: bool, backend: str, spec: RowSpec
     ) -> Tensor:
         to_student, to_teacher = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         grad_student = None
         if to_student:
             grad_student = student.detach() if donate else student.new_empty(student.shape)
         grad_teacher = teacher.new_empty(teacher.shape) if to_teacher else None
-        value, divergence, cross_entropy = fused(
-            student, teacher, divergence_scale, cross_entropy_scale, grad_student, grad_teacher, backend, spec
+        value: Tensor = row_backend(backend).divergence_total(
+            student, teacher, spec, scales, grad_student, grad_teacher
         )
         ctx.gradients = grad_student, grad_teacher
-        ctx.values = divergence, cross_entropy
-        ctx.options = spec
+        ctx.options = scales, spec
         ctx.donated = donate and to_student
         if ctx.donated:
             torch.autograd.graph.increment_version(student)
         else:
-            ctx.save_for_backward(student, teacher, divergence_scale, cross_entropy_scale)
+            ctx.save_for_backward(student, teacher)
         return value
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            return *second_order(ctx, grad_total), None, None, None
-        student, teacher = take_scaled(ctx, grad_total)
-        divergence, cross_entropy = ctx.values
-        return (
-            student,
-            teacher,
-            divergence * grad_total if needs[2] else None,
-            cross_entropy * grad_total if needs[3] else None,
-            None,
-            None,
-            None,
-        )
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Any, ...]:
+        gradients = second_order(ctx, grad_total) if torch.is_grad_enabled() else take_scaled(ctx, grad_total)
+        return *gradients, None, None, None, None
 
 
-def second_order(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of the first four inputs, differentiable once more."""
+def second_order(ctx: Any, grad_total: Tensor) -> OptionalGradients:
+    """The gradients to the logits, differentiable once more."""
     if ctx.donated:
         raise RuntimeError(
             "distillation_loss: second derivatives need the student's logits, which were donated; use donate=False"
         )
-    student, teacher, divergence_scale, cross_entropy_scale = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    with torch.enable_grad():
-        values = divergence_scale * reference.divergence(student, teacher, ctx.options)
-        if cross_entropy_scale is not None:
-            values = values + cross_entropy_scale * reference.cross_entropy(student, ctx.options, values.dtype)
-        inputs = (student, teacher, divergence_scale, cross_entropy_scale)
-        wanted = [tensor for tensor, need in zip(inputs, needs, strict=False) if need]
-        found = iter(torch.autograd.grad(values.sum(), wanted, grad_total, create_graph=True, allow_unused=True))
-    return tuple(next(found) if need else None for need in needs[:4])
+    student, teacher = ctx.saved_tensors
+    scales, spec = ctx.options
+    like = student.new_empty(0, dtype=compute_dtype(student, teacher))
+    divergence_scale, cross_entropy_scale = scales.per_row(student.shape[0], like)
+    return differentiable_gradients(
+        student,
+        teacher,
+        spec,
+        divergence_scale * grad_total,
+        cross_entropy_scale * grad_total,
+        (ctx.needs_input_grad[0], ctx.needs_input_grad[1]),
+    )
 
 
 def total(problem: Problem, scales: Scales, backend: str) -> Tensor:
-    """The sum over the rows of scale times value, differentiable."""
+    """The sum over the rows of scale times value, differentiable in the logits."""
     assert problem.teacher is not None
     student, teacher = problem.student.tensor, problem.teacher.tensor
     grad = torch.is_grad_enabled()
+    to_student, to_teacher = grad and student.requires_grad, grad and teacher.requires_grad
+    value: Tensor
     if traced(student, teacher):
-        to_student, to_teacher = grad and student.requires_grad, grad and teacher.requires_grad
-        value: Tensor = divergence_total_op(
-            student, teacher, *scales, to_student, to_teacher, backend, *problem.spec
-        )[0]
-        return value
-    if grad and (student.requires_grad or teacher.requires_grad or scales.divergence.requires_grad):
-        value = FusedTotal.apply(student, teacher, *scales, problem.student.donate, backend, problem.spec)
-        return value
-    return fused(student, teacher, *scales, None, None, backend, problem.spec)[0]
+        value = divergence_total_op(student, teacher, *scales, to_student, to_teacher, backend, *problem.spec)[0]
+    elif to_student or to_teacher:
+        value = FusedTotal.apply(student, teacher, scales, problem.student.donate, backend, problem.spec)  # type: ignore[no-untyped-call]
+    else:
+        value = row_backend(backend).divergence_total(student, teacher, problem.spec, scales, None, None)
+    return value
+
+
+def has_total(backend: str, scales: Scales) -> bool:
+    """Whether ``total`` applies: the backend has it, and no gradient to the scales is wanted."""
+    return backend in HAVE_TOTAL and not any(
+        tensor is not None and tensor.requires_grad for tensor in (scales.divergence, scales.cross_entropy)
+    )

@@ -37,9 +37,7 @@ def take_scaled(ctx: Any, factor: Tensor) -> list[Tensor | None]:
     """
     gradients = ctx.gradients
     if gradients is None:
-        raise RuntimeError(
-            "distillation_loss: trying to backward a second time; use retain_graph=True the first time"
-        )
+        raise RuntimeError("distillation_loss: trying to backward a second time; use retain_graph=True the first time")
     if keeps_graph():
         return [None if gradient is None else gradient * factor for gradient in gradients]
     ctx.gradients = None

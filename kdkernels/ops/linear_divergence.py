@@ -15,10 +15,9 @@ from torch import Tensor
 from kdkernels.arguments import Problem
 from kdkernels.backends import chunked_head
 from kdkernels.backends.chunked_head import Needs, SideGradients
-from kdkernels.backends.rows import RowSpec, Side, compute_dtype
+from kdkernels.backends.rows import RowSpec, Scales, Side, compute_dtype
 from kdkernels.ops.eager import take_scaled, traced
 from kdkernels.ops.schema import SPEC, spec_gradients
-from kdkernels.reductions import Scales
 from kdkernels.reference import rows as reference
 
 __all__ = ["rows", "total"]
@@ -62,7 +61,10 @@ def values_like(sides: Arguments, spec: RowSpec) -> tuple[Tensor, Tensor]:
 
 def gradients_like(sides: Arguments, wanted: list[bool]) -> list[Tensor]:
     tensors = [sides[place] for place in TENSORS]
-    return [sides[0].new_empty(0) if not want else tensor.new_empty(tensor.shape) for tensor, want in zip(tensors, wanted, strict=True)]
+    return [
+        sides[0].new_empty(0) if not want else tensor.new_empty(tensor.shape)
+        for tensor, want in zip(tensors, wanted, strict=True)
+    ]
 
 
 def or_empty(gradients: tuple[SideGradients, SideGradients], like: Tensor) -> list[Tensor]:
@@ -130,8 +132,8 @@ def differentiable_values(sides: Arguments, spec: RowSpec) -> tuple[Tensor, Tens
 
 
 def setup_rows(ctx: Any, inputs: Arguments, output: tuple[Tensor, Tensor]) -> None:
-    sides, (memory_budget, backend, *spec) = inputs[:SIDES_LENGTH], inputs[SIDES_LENGTH:]
-    spec = RowSpec(*spec)
+    sides, (memory_budget, backend, *fields) = inputs[:SIDES_LENGTH], inputs[SIDES_LENGTH:]
+    spec = RowSpec(*fields)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         *(sides[place] for place in TENSORS),
@@ -166,9 +168,7 @@ def backward_rows(ctx: Any, grad_divergence: Tensor | None, grad_cross_entropy: 
                 value = value + (grad_cross_entropy * cross_entropy).sum()
         gradients = selected_gradients(value, [*tensors], wanted)
     else:
-        found = linear_divergence_backward_op(
-            *sides, grad_divergence, grad_cross_entropy, wanted, *ctx.options, *spec
-        )
+        found = linear_divergence_backward_op(*sides, grad_divergence, grad_cross_entropy, wanted, *ctx.options, *spec)
         gradients = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
     return *scattered(gradients), None, None, *spec_gradients()
 
@@ -198,7 +198,7 @@ def rows(problem: Problem, memory_budget: int | None, backend: str) -> tuple[Ten
     if traced(*(sides[place] for place in TENSORS)):
         values = linear_divergence_op(*arguments)
     elif torch.is_grad_enabled() and any(wanted_gradients(sides)):
-        values = Rows.apply(*arguments)
+        values = Rows.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
         values = forward(*arguments)
     return values
@@ -274,7 +274,7 @@ class FusedTotal(torch.autograd.Function):
     """``linear_divergence_total`` in eager mode, where the gradients are handed on without a copy."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         options: tuple[int | None, str, RowSpec, tuple[float, float]],
         divergence_scale: Tensor,
@@ -294,7 +294,7 @@ class FusedTotal(torch.autograd.Function):
         return weighted_sum((divergence_scale, cross_entropy_scale), divergence, cross_entropy)
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> Arguments:  # type: ignore[override]
+    def backward(ctx: Any, grad_total: Tensor) -> Arguments:
         divergence_scale, cross_entropy_scale, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
@@ -318,15 +318,23 @@ class FusedTotal(torch.autograd.Function):
 
 def total(problem: Problem, scales: Scales, memory_budget: int | None, backend: str) -> Tensor:
     """The sum over the rows of scale times value, differentiable."""
-    sides = pack(problem)
+    sides, spec = pack(problem), problem.spec
     tensors = [sides[place] for place in TENSORS]
-    wanted = wanted_gradients(sides) if torch.is_grad_enabled() else [False] * len(TENSORS)
+    grad = torch.is_grad_enabled()
+    wanted = wanted_gradients(sides) if grad else [False] * len(TENSORS)
+    divergence_scale, all_scales = scales.per_row(
+        problem.student.tensor.shape[0], problem.student.tensor.new_empty(0, dtype=problem.dtype)
+    )
+    cross_entropy_scale = None if spec.labels is None else all_scales
     value: Tensor
     if traced(*tensors):
-        value = linear_divergence_total_op(*sides, *scales, wanted, memory_budget, backend, *problem.spec)[0]
-    elif any(wanted) or (torch.is_grad_enabled() and scales.divergence.requires_grad):
-        options = memory_budget, backend, problem.spec, (sides[3], sides[7])
-        value = FusedTotal.apply(options, *scales, *tensors)
+        value = linear_divergence_total_op(
+            *sides, divergence_scale, cross_entropy_scale, wanted, memory_budget, backend, *spec
+        )[0]
+    elif grad and (any(wanted) or divergence_scale.requires_grad):
+        options = memory_budget, backend, spec, (sides[3], sides[7])
+        value = FusedTotal.apply(options, divergence_scale, cross_entropy_scale, *tensors)  # type: ignore[no-untyped-call]
     else:
-        value = weighted_sum(scales, *forward(*sides, memory_budget, backend, *problem.spec))
+        values = forward(*sides, memory_budget, backend, *spec)
+        value = weighted_sum((divergence_scale, cross_entropy_scale), *values)
     return value

@@ -12,6 +12,7 @@ SPEC = (
 )
 """The fields of ``RowSpec`` in their order; an operator takes them unpacked."""
 
+
 def spec_gradients() -> tuple[None, ...]:
     """Autograd's answer for these arguments: none of them has a gradient."""
     return (None,) * len(RowSpec._fields)

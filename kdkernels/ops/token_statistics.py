@@ -45,4 +45,5 @@ def statistics(problem: Problem, memory_budget: int | None, backend: str) -> Tok
     arguments = (*problem.student[:4], *teacher_arguments, memory_budget, backend, *problem.spec)
     tensors = (problem.student.tensor, None if teacher is None else teacher.tensor)
     call = token_statistics_op if traced(*tensors) else forward
-    return from_columns(*call(*arguments), problem)
+    values, argmax = call(*arguments)
+    return from_columns(values, argmax, problem)

@@ -9,7 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 VOCABULARY = 151_936
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
 ITEMSIZE = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 KERNELS = {
     "divergence_forward": "divergence",
@@ -72,10 +77,9 @@ def compile_case(case: Case) -> Compiled:
 
     import triton
     import triton.language as tl
+    from kdkernels.triton_kernels.tiling import choose_tiling
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
-    from kdkernels.triton_kernels.tiling import choose_tiling
 
     module = importlib.import_module(f"kdkernels.triton_kernels.{KERNELS[case.kernel]}")
     kernel = getattr(module, f"{case.kernel}_kernel")

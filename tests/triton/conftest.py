@@ -39,7 +39,11 @@ def compiler(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
             return (ahead or pool.submit(function, *arguments)).result()
 
         for item in () if distributed else request.session.items:
-            case = item.callspec.params.get("case") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
+            case = (
+                item.callspec.params.get("case")
+                if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+                else None
+            )
             if isinstance(case, aot.Case):
                 futures[aot.compile_case, case] = pool.submit(aot.compile_case, case)
         yield call

@@ -19,7 +19,7 @@ UNTOUCHED = 7.0
 
 
 def _patch_once() -> None:
-    """Triton's interpreter prepares triton.language anew at every call of a helper; once per helper is 2.5 times faster."""
+    """Triton's interpreter prepares triton.language at every call of a helper; once per helper is far faster."""
     patched = set()
 
     def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -39,6 +39,13 @@ def availability(tensor: Tensor) -> tuple[tuple[bool, str], tuple[bool, str]]:
     return backend.status(), backend.supports(tensor)
 
 
+def saved_statistics() -> tuple[int, int]:
+    """Columns of the statistics, according to the backend and to the kernels."""
+    from kdkernels.triton_kernels import divergence as kernels
+
+    return backend.SAVED_STATISTICS, kernels.STATISTICS.value
+
+
 def divergence(
     student: Tensor,
     teacher: Tensor,
@@ -49,7 +56,7 @@ def divergence(
     in_place: bool = False,
     padding: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(divergence, cross_entropy, grad_student, grad_teacher); the gradients' rows are `padding` longer than the logits'."""
+    """(divergence, cross_entropy, grad_student, grad_teacher); the gradients' rows have `padding` more elements."""
 
     def buffer(logits: Tensor, wanted: bool) -> Tensor | None:
         if not wanted or in_place:
@@ -100,7 +107,7 @@ def _counted(tensors: dict[str, Tensor]) -> Iterator[dict[str, int]]:
 
 
 def traffic(kernel: str, rows: int, vocab_size: int, kind: int, grads: tuple[bool, bool]) -> dict[str, float]:
-    """Elements moved per logit, by "load student" and the like, in one call of forward, backward or token_statistics."""
+    """Elements moved per logit, by "load student" and the like, by one forward, backward or token_statistics."""
     student, teacher = torch.randn(2, rows, vocab_size).unbind()
     spec = RowSpec(kind, 0.3, 0.6)
     upstream = torch.ones(rows)

@@ -1,4 +1,4 @@
-"""Processes in which Triton's kernels are made for the interpreter, or for the compiler: that is decided at triton's import."""
+"""Processes in which Triton interprets its kernels, and others in which it compiles them: it decides when it is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for every target without a GPU, without register spills, and with wide memory accesses."""
+"""Every Triton kernel compiles for every target without a GPU: no register spills, 128-bit loads and stores."""
 
 from __future__ import annotations
 

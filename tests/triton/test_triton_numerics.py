@@ -1,8 +1,8 @@
 """The Triton kernels, run in Triton's interpreter, against plain PyTorch in float64.
 
-The rule for every result: per row, its error against the float64 truth is no worse than that of plain PyTorch computing in
-the kernels' own precision, give or take a little that is measured against the truth. A gradient that is zero or has the
-wrong sign breaks the rule, and each gradient test makes sure of that.
+The rule for every result: per row, its error against the float64 truth is no worse than that of plain PyTorch
+computing in the kernels' own precision, give or take a little that is measured against the truth. A gradient that is
+zero, has the wrong sign or is off by 2% breaks the rule, and the gradient tests make sure of that.
 """
 
 from __future__ import annotations
@@ -204,7 +204,8 @@ def test_orders_outside_the_unit_interval(kind: int, a: float, b: float, interpr
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 def test_softcaps(kind: int, dtype: torch.dtype, interpreter: Interpreter) -> None:
     student, teacher = (4 * logits for logits in random_pair(3, 300, dtype))
-    student[1] *= 1e-3  # the cap's tanh has a form of its own for small arguments
+    student[0] *= 1e-3
+    student[1] *= 0.25  # the cap's tanh is a series for small arguments
     labels = torch.tensor([3, 250, 8])
     spec = make_spec(kind, student_softcap=15.0, teacher_softcap=8.0, student_temperature=1.5, labels=labels)
     check(interpreter, student, teacher, spec)
@@ -227,7 +228,9 @@ def hard_pairs() -> dict[str, tuple[Tensor, Tensor]]:
         "student masked": (base.masked_fill(columns < 70, infinite), other),
         "teacher masked": (base, other.masked_fill(columns < 70, infinite)),
         "masked differently": (base.masked_fill(columns < 70, infinite), other.masked_fill(columns > 60, infinite)),
-        "masked alike by finfo.min": tuple(x.masked_fill(columns % 3 == 0, torch.finfo(x.dtype).min) for x in (base, other)),
+        "masked alike by finfo.min": tuple(
+            x.masked_fill(columns % 3 == 0, torch.finfo(x.dtype).min) for x in (base, other)
+        ),
         "constant": (torch.full_like(base, 2.5), other),
         "both constant": (torch.full_like(base, -1e4), torch.full_like(base, 1e4)),
         "all masked": (torch.full_like(base, infinite), other),
@@ -258,7 +261,12 @@ def test_hard_inputs(kind: int, interpreter: Interpreter) -> None:
 def test_inactive_rows_are_zero_whatever_they_hold(kind: int, interpreter: Interpreter) -> None:
     student, teacher = random_pair(3, 127, torch.float32)
     expected = interpreter(
-        interpreted.divergence, student, teacher, make_spec(kind, labels=torch.tensor([5, 6, 7])), torch.ones(3), torch.ones(3)
+        interpreted.divergence,
+        student,
+        teacher,
+        make_spec(kind, labels=torch.tensor([5, 6, 7])),
+        torch.ones(3),
+        torch.ones(3),
     )
     student[1], teacher[1] = float("nan"), float("inf")
     spec = make_spec(kind, labels=torch.tensor([5, -100, 7]), active=torch.tensor([True, False, True]))
@@ -424,3 +432,8 @@ def test_the_interpreter_is_offered_for_cpu_tensors(interpreter: Interpreter) ->
     _, (supported, reason) = interpreter(interpreted.availability, torch.zeros(1, device="meta"))
     assert not supported
     assert "meta" in reason
+
+
+def test_backend_and_kernels_agree_on_the_statistics(interpreter: Interpreter) -> None:
+    wanted, written = interpreter(interpreted.saved_statistics)
+    assert wanted == written

@@ -1,0 +1,270 @@
+"""Who computes a workload: ours, plain PyTorch, others' kernels, and the floors ours is held against.
+
+A contender is prepared once for a workload and its inputs; the call it then gives back is what is measured. Losses answer
+``(loss, *gradients)``, floors whatever they have written.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import kdkernels as kd
+from kdkernels.backends import row_backend, select
+from kdkernels.backends.chunked_head import chunks
+from kdkernels.backends.rows import RowSpec, Side, compute_dtype
+from kdkernels.benchmarking.plain import mean_divergence
+from kdkernels.benchmarking.workloads import Inputs, Operation, Workload
+from kdkernels.divergences import Kind
+from kdkernels.environment import package_version
+
+__all__ = ["CONTENDERS", "FLOORS", "LOSSES", "OURS", "Call", "Contender"]
+
+Call = Callable[[], tuple[Tensor, ...]]
+OURS = "kdkernels"
+
+
+def always(workload: Workload) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    prepare: Callable[[Workload, Inputs], Call]
+    why_not: Callable[[Workload], str] = always
+    """Why it cannot run that workload here; empty if it can."""
+    compiles: bool = False
+    """Whether the first call compiles for the shapes it is given, which is not part of what it costs."""
+
+
+def loss_and_gradients(loss: Callable[[], Tensor], workload: Workload, inputs: Inputs) -> Call:
+    if workload.operation is Operation.FORWARD:
+
+        def forward() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return (loss(),)
+
+        return forward
+
+    def forward_backward() -> tuple[Tensor, ...]:
+        value = loss()
+        return value.detach(), *torch.autograd.grad(value, inputs.wanted)
+
+    return forward_backward
+
+
+# --- ours ---------------------------------------------------------------------------------------------------------------
+
+
+def prepare_ours(workload: Workload, inputs: Inputs) -> Call:
+    def loss() -> Tensor:
+        if inputs.student_weight is None or inputs.teacher_weight is None:
+            return kd.distillation_loss(inputs.student, inputs.teacher, workload.divergence)
+        student = kd.LMHead(inputs.student, inputs.student_weight)
+        return kd.distillation_loss(student, kd.LMHead(inputs.teacher, inputs.teacher_weight), workload.divergence)
+
+    return loss_and_gradients(loss, workload, inputs)
+
+
+def prepare_into_buffer(workload: Workload, inputs: Inputs) -> Call:
+    """The row kernel alone; its gradient goes to memory that is there already."""
+    kernels = row_backend(select(None, torch.device(workload.device).type))
+    student, teacher = inputs.student.detach(), inputs.teacher
+    gradient = torch.zeros_like(student)
+    spec = RowSpec(*workload.divergence.form)
+    scale = torch.full(
+        (workload.tokens,), 1 / workload.tokens, dtype=compute_dtype(student, teacher), device=workload.device
+    )
+
+    def run() -> tuple[Tensor, ...]:
+        divergence, _ = kernels.divergence_fused(student, teacher, spec, scale, None, gradient, None)
+        return divergence.mean(), gradient
+
+    return run
+
+
+def why_not_into_buffer(workload: Workload) -> str:
+    if workload.operation is not Operation.DENSE:
+        return "only the gradient of logits can go to a ready buffer"
+    if select(None, torch.device(workload.device).type) == "reference":
+        return "no kernels are available on this device"
+    return ""
+
+
+# --- plain PyTorch ------------------------------------------------------------------------------------------------------
+
+
+def plain_loss(workload: Workload) -> Callable[..., Tensor]:
+    of_logits = mean_divergence(workload.divergence)
+    if workload.operation is not Operation.HEAD:
+        return of_logits
+
+    def of_heads(student: Tensor, teacher: Tensor, student_weight: Tensor, teacher_weight: Tensor) -> Tensor:
+        return of_logits(functional.linear(student, student_weight), functional.linear(teacher, teacher_weight))
+
+    return of_heads
+
+
+def given(inputs: Inputs) -> tuple[Tensor, ...]:
+    return tuple(tensor for tensor in inputs if tensor is not None)
+
+
+def prepare_eager(workload: Workload, inputs: Inputs) -> Call:
+    loss = plain_loss(workload)
+    return loss_and_gradients(lambda: loss(*given(inputs)), workload, inputs)
+
+
+def prepare_compiled(workload: Workload, inputs: Inputs) -> Call:
+    loss = torch.compile(plain_loss(workload), fullgraph=True, dynamic=False)
+    return loss_and_gradients(lambda: loss(*given(inputs)), workload, inputs)
+
+
+# --- Liger-Kernel -------------------------------------------------------------------------------------------------------
+# Its forward KL, reverse KL and JSD mean the same as ours: 0, 1 and beta on the teacher's side of the mixture.
+
+
+def liger_beta(workload: Workload) -> float | None:
+    kind, a, _ = workload.divergence.form
+    return {Kind.FORWARD_KL: 0.0, Kind.REVERSE_KL: 1.0, Kind.JSD: a}.get(Kind(kind))
+
+
+def why_not_liger_chunked(workload: Workload) -> str:
+    if package_version("liger-kernel") is None:
+        return "liger-kernel is not installed"
+    if workload.operation is not Operation.HEAD:
+        return "it computes LM heads only"
+    if liger_beta(workload) is None:
+        return f"it has no {workload.divergence!r}"
+    return ""
+
+
+def why_not_liger_triton(workload: Workload) -> str:
+    if package_version("liger-kernel") is None:
+        return "liger-kernel is not installed"
+    if torch.device(workload.device).type == "cpu":
+        return "its kernels are written in Triton, which does not run on the CPU"
+    kind = workload.divergence.form.kind
+    if liger_beta(workload) is None and not (kind == Kind.TVD and workload.operation is not Operation.HEAD):
+        return f"it has no {workload.divergence!r} for these inputs"
+    return ""
+
+
+def prepare_liger_triton(workload: Workload, inputs: Inputs) -> Call:
+    liger: Any = importlib.import_module("liger_kernel.transformers.functional")
+    beta = liger_beta(workload)
+
+    def loss() -> Tensor:
+        if workload.operation is Operation.HEAD:
+            value: Tensor = liger.liger_fused_linear_jsd(
+                inputs.student, inputs.student_weight, inputs.teacher, inputs.teacher_weight, jsd_beta=beta
+            )
+            return value
+        dtype = torch.promote_types(workload.dtype, torch.float32)
+        if beta is None:
+            q, p = (functional.softmax(side, -1, dtype=dtype) for side in inputs[:2])
+            value = liger.liger_tvd(q, p, reduction="batchmean")
+            return value
+        log_q, log_p = (functional.log_softmax(side, -1, dtype=dtype) for side in (inputs.student, inputs.teacher))
+        if beta == 0:
+            value = liger.liger_kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+        else:
+            value = liger.liger_jsd(log_q, log_p, beta=beta)
+        return value
+
+    return loss_and_gradients(loss, workload, inputs)
+
+
+def prepare_liger_chunked(workload: Workload, inputs: Inputs) -> Call:
+    chunked: Any = importlib.import_module("liger_kernel.chunked_loss.jsd_loss")
+    function = chunked.LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=liger_beta(workload))
+    labels = torch.zeros(workload.tokens, dtype=torch.int64, device=workload.device)
+
+    def loss() -> Tensor:
+        value: Tensor = function(
+            inputs.student, inputs.student_weight, inputs.teacher, inputs.teacher_weight, labels
+        )
+        return value
+
+    return loss_and_gradients(loss, workload, inputs)
+
+
+# --- floors -------------------------------------------------------------------------------------------------------------
+
+
+def prepare_add(workload: Workload, inputs: Inputs) -> Call:
+    """Two reads and a write of the size of the logits: what forward and backward must move at least."""
+    student, teacher = inputs.student.detach(), inputs.teacher
+    out = torch.zeros_like(student)
+    return lambda: (torch.add(student, teacher, out=out),)
+
+
+def why_not_add(workload: Workload) -> str:
+    return "" if workload.operation is Operation.DENSE else "a floor for the gradient of logits only"
+
+
+def why_not_gemms(workload: Workload) -> str:
+    return "" if workload.operation is Operation.HEAD else "a floor for LM heads only"
+
+
+def gemms(workload: Workload, inputs: Inputs, slices: list[slice]) -> Call:
+    """The four matrix products of LM heads chunk by chunk, all of them into memory that is there already."""
+    student, teacher, student_weight, teacher_weight = (tensor.detach() for tensor in given(inputs))
+    longest = max(part.stop - part.start for part in slices)
+    student_logits, teacher_logits = (student.new_zeros(longest, workload.vocab) for _ in range(2))
+    grad_student, grad_weight = torch.zeros_like(student), torch.zeros_like(student_weight)
+    # As in the chunk loop, the weight's gradient of half-precision inputs is accumulated in float32.
+    half = workload.dtype.itemsize < 4
+    if half:
+        grad_weight = grad_weight.float()
+
+    def run() -> tuple[Tensor, ...]:
+        for index, part in enumerate(slices):
+            hidden, logits = student[part], student_logits[: part.stop - part.start]
+            torch.mm(hidden, student_weight.t(), out=logits)
+            torch.mm(teacher[part], teacher_weight.t(), out=teacher_logits[: part.stop - part.start])
+            torch.mm(logits, student_weight, out=grad_student[part])
+            if half:
+                grad_weight.add_(logits.t() @ hidden)
+            else:
+                grad_weight.addmm_(logits.t(), hidden, beta=0 if index == 0 else 1)
+        return grad_student, grad_weight
+
+    return run
+
+
+def prepare_chunked_gemms(workload: Workload, inputs: Inputs) -> Call:
+    student = Side(inputs.student, inputs.student_weight)
+    teacher = Side(inputs.teacher, inputs.teacher_weight)
+    slices = [slice(part.start, min(part.stop, workload.tokens)) for part in chunks([student, teacher], None)]
+    return gemms(workload, inputs, slices)
+
+
+def prepare_whole_gemms(workload: Workload, inputs: Inputs) -> Call:
+    return gemms(workload, inputs, [slice(0, workload.tokens)])
+
+
+LOSSES = (
+    Contender(OURS, prepare_ours),
+    Contender("eager", prepare_eager),
+    Contender("torch.compile", prepare_compiled, compiles=True),
+    Contender("Liger (Triton)", prepare_liger_triton, why_not_liger_triton),
+    Contender("Liger (chunked)", prepare_liger_chunked, why_not_liger_chunked, compiles=True),
+)
+"""All that compute the same loss."""
+
+FLOORS = (
+    Contender("kdkernels, ready buffer", prepare_into_buffer, why_not_into_buffer),
+    Contender("3-stream add", prepare_add, why_not_add),
+    Contender("its GEMMs, same chunks", prepare_chunked_gemms, why_not_gemms),
+    Contender("its GEMMs, unchunked", prepare_whole_gemms, why_not_gemms),
+)
+"""What ours is held against besides."""
+
+CONTENDERS = {contender.name: contender for contender in (*LOSSES, *FLOORS)}

@@ -1,0 +1,91 @@
+"""Peak memory of one call, measured in a fresh process: how far it rises above where it stood just before.
+
+On the CPU that is the peak of the resident size, on a GPU that of PyTorch's allocator. Gradients that are returned count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from kdkernels.benchmarking.contenders import CONTENDERS
+from kdkernels.benchmarking.workloads import Workload
+
+__all__ = ["peak_extra_bytes"]
+
+# Large blocks go back to the system when they are freed, so that the resident size says what is in use.
+ALLOCATOR_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+ANSWER = "peak extra bytes:"
+TINY = {"tokens": 2, "vocab": 128, "hidden": 16, "teacher_hidden": 16}
+
+
+def peak_extra_bytes(workload: Workload, contender: str) -> int:
+    """The peak of a contender's call above the state before it, in bytes.
+
+    Raises:
+        RuntimeError: the measuring process failed; the text ends with what it said last.
+    """
+    request = pickle.dumps((workload, contender, torch.get_num_threads()))
+    answer = subprocess.run(
+        [sys.executable, "-m", "kdkernels.benchmarking.memory"],
+        input=request,
+        capture_output=True,
+        env={**os.environ, **ALLOCATOR_SETTINGS},
+        check=False,
+    )
+    for line in answer.stdout.decode(errors="replace").splitlines():
+        if line.startswith(ANSWER):
+            return int(line.removeprefix(ANSWER))
+    last_words = answer.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"exit status {answer.returncode}"]
+    raise RuntimeError(f"the process that measures memory failed: {last_words[0]}")
+
+
+def resident_bytes(field: str) -> int:
+    """``VmRSS``, the resident size, or ``VmHWM``, its peak."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def measure(workload: Workload, contender: str) -> int:
+    prepare, compiles = CONTENDERS[contender].prepare, CONTENDERS[contender].compiles
+    cuda = torch.device(workload.device).type == "cuda"
+    # A tiny call loads what is loaded once: libraries, thread pools, kernels.
+    tiny = dataclasses.replace(workload, **TINY)
+    prepare(tiny, tiny.inputs())()
+    call = prepare(workload, workload.inputs())
+    if compiles:  # for these very shapes, which is not part of the cost
+        call()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        # Linux then forgets the peak of the preparations.
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        before = resident_bytes("VmRSS")
+        kept = call()
+        peak = resident_bytes("VmHWM")
+    del kept
+    return max(0, peak - before)
+
+
+def answer_request() -> None:
+    workload, contender, threads = pickle.loads(sys.stdin.buffer.read())
+    torch.set_num_threads(threads)
+    print(ANSWER, measure(workload, contender), flush=True)
+
+
+if __name__ == "__main__":
+    answer_request()

@@ -1,0 +1,52 @@
+"""Checks of single values that public arguments share. The text of an error names the owner, what was given and what is allowed."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+__all__ = ["LOGIT_DTYPES", "check_flag", "check_floating", "check_integer", "check_real", "is_real"]
+
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def is_real(value: object) -> TypeGuard[float]:
+    """Whether ``value`` is a Python or NumPy number; a truth value is not."""
+    return isinstance(value, float) or (isinstance(value, numbers.Real) and not isinstance(value, bool))
+
+
+def check_real(name: str, value: object, *, positive: bool = False) -> float:
+    """``value`` as a float, which must be finite, and positive if asked for."""
+    if is_real(value) and math.isfinite(value) and (value > 0 or not positive):
+        return float(value)
+    error = ValueError if is_real(value) else TypeError
+    raise error(f"{name} must be a {'positive ' * positive}finite number, got {value!r}")
+
+
+def check_integer(name: str, value: object) -> int:
+    """``value``, which must be a whole number of an integer type."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
+def check_flag(name: str, value: object) -> bool:
+    """``value``, which must be True or False."""
+    if isinstance(value, bool):
+        return value
+    raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_floating(name: str, value: Any) -> None:
+    """``value`` must be a dense floating-point tensor of a supported type."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in LOGIT_DTYPES:
+        allowed = ", ".join(str(dtype) for dtype in LOGIT_DTYPES)
+        raise TypeError(f"{name} must have one of the dtypes {allowed}, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
