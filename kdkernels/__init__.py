@@ -44,7 +44,6 @@ __all__ = [
     "ReverseKL",
     "SkewForwardKL",
     "SkewReverseKL",
-    "TVD",
     "TokenStatistics",
     "backends",
     "debug",

@@ -14,19 +14,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kdkernels.autocast import autocast_dtype
 from kdkernels.backends.rows import RowSpec, Side
 from kdkernels.checks import LOGIT_DTYPES, check_flag, check_floating, check_integer, check_real
 from kdkernels.divergences import Divergence, Form
 from kdkernels.sources import LMHead, Logits, Source
 
-__all__ = ["Problem", "Total", "debug", "check_memory_budget", "prepare_loss", "prepare_statistics"]
+__all__ = ["Problem", "Total", "check_memory_budget", "debug", "prepare_loss", "prepare_statistics"]
 
 CPU = torch.device("cpu")
 REDUCTIONS = ("none", "sum", "mean")
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REAL_DTYPES = LOGIT_DTYPES + INTEGER_DTYPES
 
-no_context = contextlib.nullcontext()
 debugging = os.environ.get("KDKERNELS_DEBUG", "") not in {"", "0"}
 
 
@@ -99,9 +99,8 @@ def side(name: str, source: Source, vocab_size: int | None) -> tuple[Side, torch
 
 def head_side(source: LMHead, vocab_size: int | None, name: str) -> tuple[Side, torch.Size, int]:
     hidden, weight, bias = source.hidden, source.weight, source.bias
-    device = hidden.device.type
-    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(hidden.device.type)
+    if dtype is not None and hidden.dtype != torch.float64:
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     vocab = weight.shape[0]

@@ -50,12 +50,14 @@ def devices() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [{"device": "cpu", "name": processor()}]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        found.append({
-            "device": f"cuda:{index}",
-            "name": properties.name,
-            "memory_bytes": properties.total_memory,
-            "capability": f"{properties.major}.{properties.minor}",
-        })
+        found.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "memory_bytes": properties.total_memory,
+                "capability": f"{properties.major}.{properties.minor}",
+            }
+        )
     return found
 
 
@@ -68,7 +70,9 @@ def machine(device: str) -> str:
     parts = [device_name(device)]
     if torch.device(device).type == "cpu":
         parts.append(f"{torch.get_num_threads()} threads, {instruction_sets()['used'] or 'no native kernels'}")
-    parts.extend(f"{name} {package_version(name)}" for name in ("torch", "triton", "kdkernels") if package_version(name))
+    parts.extend(
+        f"{name} {package_version(name)}" for name in ("torch", "triton", "kdkernels") if package_version(name)
+    )
     return ", ".join(parts)
 
 

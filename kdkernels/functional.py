@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import arguments
+from kdkernels.autocast import autocast_disabled, autocast_dtype
 from kdkernels.backends import select as select_backend
 from kdkernels.checks import check_real
 from kdkernels.divergences import Divergence, ForwardKL
@@ -14,7 +15,7 @@ from kdkernels.ops import linear_divergence as linear_divergence_ops
 from kdkernels.ops import token_statistics as token_statistics_ops
 from kdkernels.reductions import reduce_rows, row_scales
 from kdkernels.reference import divergence as divergence_reference
-from kdkernels.reference import token_statistics as token_statistics_reference
+from kdkernels.reference.token_statistics import statistics as reference_statistics
 from kdkernels.sources import Source
 from kdkernels.statistics import TokenStatistics
 
@@ -110,8 +111,8 @@ def distillation_loss(
     linear = problem.student.weight is not None or problem.teacher.weight is not None
     # Half precision underflows unless the gradient is made with its upstream factor, such as a GradScaler's.
     half = torch.float16 in (problem.student.tensor.dtype, problem.teacher.tensor.dtype)
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
+    if autocast_dtype(device):
+        with autocast_disabled(device):
             return fused_loss(problem, total, linear, half, memory_budget, backend)
     return fused_loss(problem, total, linear, half, memory_budget, backend)
 
@@ -194,5 +195,5 @@ def token_statistics(
     backend = select_backend(backend, problem.student.tensor.device.type)
     with torch.no_grad():
         if backend == "reference":
-            return token_statistics_reference.statistics(problem)
+            return reference_statistics(problem)
         return token_statistics_ops.statistics(problem, memory_budget, backend)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from kdkernels.autocast import autocast_dtype
 from kdkernels.checks import check_flag, check_floating, check_real
 
 __all__ = ["LMHead", "Logits", "Source"]
+
 
 class Logits:
     """A tensor of logits ``[..., V]``. A bare tensor means the same.
@@ -71,7 +72,7 @@ class LMHead:
                 continue
             if tensor.device != hidden.device:
                 raise ValueError(f"LMHead: {name} is on {tensor.device} and hidden on {hidden.device}")
-            if tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            if tensor.dtype != hidden.dtype and autocast_dtype(hidden.device.type) is None:
                 raise TypeError(
                     f"LMHead: {name} is {tensor.dtype} and hidden {hidden.dtype}; they may differ only under autocast"
                 )

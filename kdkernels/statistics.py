@@ -40,7 +40,7 @@ def from_columns(values: Tensor, argmax: Tensor, problem: Problem) -> TokenStati
     columns["argmax_student"], columns["argmax_teacher"] = argmax.unbind(-1)
 
     def column(name: str) -> Tensor | None:
-        needs_teacher = name.endswith("teacher") or name.endswith("kl")
+        needs_teacher = name.endswith(("teacher", "kl"))
         if needs_teacher and problem.teacher is None:
             return None
         if name.startswith("label") and problem.spec.labels is None:

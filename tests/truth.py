@@ -185,7 +185,7 @@ def row_losses(
         teacher_temperature = temperature
     value = case.formula(log_softmax(teacher, teacher_temperature), log_softmax(student, temperature))
     if temperature_squared:
-        value = value * temperature**2
+        value = value * (temperature.to(value.dtype) if isinstance(temperature, Tensor) else temperature) ** 2
     if ce_weight:
         assert labels is not None
         value = value - ce_weight * log_softmax(student).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
@@ -212,7 +212,7 @@ def evaluate(
     with torch.no_grad():
         tau = options.get("temperature", 1.0)
         value_size = value.abs().clamp(min=1)
-        mass = log_softmax(leaves[0], tau).exp() + log_softmax(leaves[1], options.get("teacher_temperature") or tau).exp()
+        mass = log_softmax(leaves[0], tau).exp() + log_softmax(leaves[1], options.get("teacher_temperature", tau)).exp()
         gradient_size = (upstream.to(dtype).abs() * value_size).unsqueeze(-1) * mass
     return Result(value.detach(), *gradients, value_size, gradient_size)
 

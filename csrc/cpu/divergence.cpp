@@ -114,6 +114,21 @@ class Row {
     return sum;
   }
 
+  // block = exp(block * factor), in place.
+  static void exponentials_of(Real* block, int64_t n, Real factor) {
+    alignas(64) Real exponents[block_size];
+    std::memcpy(exponents, block, n * sizeof(Real));
+    exp2_block(exponents, n, factor * log2_e, Real(0), block);
+  }
+
+  // block = exp(a log p + (1 - a) log q - shift), the weights of the Renyi divergence, in place of log q.
+  void affinities(const Real* teacher_logs, Real* student_logs, int64_t n, Real shift) const {
+    const Real a = a_;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) student_logs[i] = (a * teacher_logs[i] + (Real(1) - a) * student_logs[i]) - shift;
+    exponentials_of(student_logs, n, Real(1));
+  }
+
   template <class Body>
   void for_blocks(Body body) const {
     for (int64_t start = 0; start < problem_.vocab; start += block_size) {
@@ -194,15 +209,38 @@ class Row {
         const Real a = a_, b = b_;
         alignas(64) Real student_terms[block_size], teacher_terms[block_size];
         Real sum_student = 0, sum_teacher = 0, sum_value = 0;
+        if constexpr (Traits::logs_for_terms) {
+          // The terms' own arrays hold the powers first.
+          constexpr bool own_powers = kind == Kind::alpha_beta;
+          Real* cross = teacher_terms;
+#pragma omp simd
+          for (int64_t i = 0; i < n; ++i) cross[i] = math::cross_exponent<kind>(teacher_logs[i], student_logs[i], a, b);
+          exponentials_of(cross, n, Real(1));
+          if constexpr (own_powers) {
+            exponentials_of(student_logs, n, a + b);
+            exponentials_of(teacher_logs, n, a + b);
+          }
+#pragma omp simd reduction(+ : sum_student, sum_teacher)
+          for (int64_t i = 0; i < n; ++i) {
+            const auto h = math::power_terms<kind, Real>(own_powers ? teacher_logs[i] : teacher_kept[i] * teacher_scale,
+                                                         own_powers ? student_logs[i] : student_kept[i] * student_scale,
+                                                         cross[i], a, b);
+            sum_student += h.student;
+            sum_teacher += h.teacher;
+            student_terms[i] = h.student;
+            teacher_terms[i] = h.teacher;
+          }
+        } else {
 #pragma omp simd reduction(+ : sum_student, sum_teacher, sum_value)
-        for (int64_t i = 0; i < n; ++i) {
-          const auto h = math::terms<kind, Real>(teacher_kept[i] * teacher_scale, student_kept[i] * student_scale,
-                                                 teacher_logs[i], student_logs[i], a, b);
-          sum_student += h.student;
-          sum_teacher += h.teacher;
-          sum_value += h.value;
-          student_terms[i] = h.student;
-          teacher_terms[i] = h.teacher;
+          for (int64_t i = 0; i < n; ++i) {
+            const auto h = math::terms<kind, Real>(teacher_kept[i] * teacher_scale, student_kept[i] * student_scale,
+                                                   Real(0), Real(0), a, b);
+            sum_student += h.student;
+            sum_teacher += h.teacher;
+            sum_value += h.value;
+            student_terms[i] = h.student;
+            teacher_terms[i] = h.teacher;
+          }
         }
         sum_student_terms_ += sum_student;
         sum_teacher_terms_ += sum_teacher;
@@ -228,9 +266,9 @@ class Row {
         student_logs[i] = x;
         block_max = block_max < x ? x : block_max;
       }
-      Real block_sum = 0;
-#pragma omp simd reduction(+ : block_sum)
-      for (int64_t i = 0; i < n; ++i) block_sum += math::exp(student_logs[i] - block_max);
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) student_logs[i] -= block_max;
+      const Real block_sum = exp2_block(student_logs, n, log2_e, Real(0), teacher_logs);
       if (block_max > max) {
         sum *= std::exp(max - block_max);
         max = block_max;
@@ -267,6 +305,7 @@ class Row {
       if (compute_logs) {
         student_.log_probabilities(s, n, student_logs);
         teacher_.log_probabilities(t, n, teacher_logs);
+        if constexpr (renyi) affinities(teacher_logs, student_logs, n, static_cast<Real>(log_affinity_));
       }
       const Real student_scale = probability_scale(student_, scratch_.student_reference[start / block_size]);
       const Real teacher_scale = probability_scale(teacher_, scratch_.teacher_reference[start / block_size]);
@@ -348,12 +387,11 @@ class Row {
                                   Real* __restrict out) const {
     const Real* kept = scratch_.student + start;
     if constexpr (renyi) {
-      const Real shift = static_cast<Real>(log_affinity_), a = a_;
+      const Real* r = student_logs;  // see gradients()
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
-        const Real r = math::exp(a * teacher_logs[i] + (Real(1) - a) * student_logs[i] - shift);
         const Real q = kept[i] * student_scale;
-        out[i] = scale * (q - r) + label_scale * q;
+        out[i] = scale * (q - r[i]) + label_scale * q;
       }
     } else {
       const Real own = label_scale - scale * static_cast<Real>(sum_student_terms_);
@@ -386,13 +424,10 @@ class Row {
                                   const Real* student_logs, const Real* teacher_logs, Real* __restrict out) const {
     const Real* kept = scratch_.teacher + start;
     if constexpr (renyi) {
-      const Real shift = static_cast<Real>(log_affinity_), a = a_;
-      const Real factor = scale * a / (a - Real(1));
+      const Real* r = student_logs;  // see gradients()
+      const Real factor = scale * a_ / (a_ - Real(1));
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        const Real r = math::exp(a * teacher_logs[i] + (Real(1) - a) * student_logs[i] - shift);
-        out[i] = factor * (r - kept[i] * teacher_scale);
-      }
+      for (int64_t i = 0; i < n; ++i) out[i] = factor * (r[i] - kept[i] * teacher_scale);
     } else {
       const Real own = -scale * static_cast<Real>(sum_teacher_terms_);
       if constexpr (Traits::two_sweeps) {

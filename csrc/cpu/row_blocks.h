@@ -63,8 +63,17 @@ inline void convert_block(const void* source, DType dtype, int64_t n, Real* __re
     }
     case DType::bfloat16: {
       const uint16_t* x = static_cast<const uint16_t*>(source);
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) block[i] = static_cast<Real>(bfloat_to_float(x[i]));
+      int64_t i = 0;
+#if defined(__AVX512F__)
+      if constexpr (sizeof(Real) == 4) {
+        for (; i + 16 <= n; i += 16) {
+          const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
+          const __m512i wide = _mm512_maskz_slli_epi32(0xFFFF, _mm512_maskz_cvtepu16_epi32(0xFFFF, bits), 16);
+          _mm512_storeu_ps(block + i, _mm512_castsi512_ps(wide));
+        }
+      }
+#endif
+      for (; i < n; ++i) block[i] = static_cast<Real>(bfloat_to_float(x[i]));
       break;
     }
     case DType::float16: {
@@ -100,8 +109,22 @@ inline void store_block(const Real* __restrict block, int64_t n, void* destinati
     }
     case DType::bfloat16: {
       uint16_t* x = static_cast<uint16_t*>(destination);
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) x[i] = float_to_bfloat(static_cast<float>(block[i]));
+      int64_t i = 0;
+#if defined(__AVX512F__)
+      if constexpr (sizeof(Real) == 4) {
+        for (; i + 16 <= n; i += 16) {
+          const __m512 value = _mm512_loadu_ps(block + i);
+          const __m512i bits = _mm512_castps_si512(value);
+          const __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(0xFFFF, bits, 16), _mm512_set1_epi32(1));
+          const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+          const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+          const __m512i kept = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC00000));
+          const __m512i high = _mm512_maskz_srli_epi32(0xFFFF, kept, 16);
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(x + i), _mm512_maskz_cvtepi32_epi16(0xFFFF, high));
+        }
+      }
+#endif
+      for (; i < n; ++i) x[i] = float_to_bfloat(static_cast<float>(block[i]));
       break;
     }
     case DType::float16: {

@@ -78,15 +78,27 @@ KD_INLINE Terms<Real> terms(Real p, Real q, Real log_p, Real log_q, Real a, Real
   } else if constexpr (kind == Kind::total_variation) {
     const Real half_sign = q > p ? Real(0.5) : (q < p ? Real(-0.5) : (q - p));  // NaN passes through
     return {q * half_sign, -p * half_sign, Real(0)};
-  } else if constexpr (kind == Kind::alpha) {
-    const Real exponent = a * log_p + (one - a) * log_q;
-    const Real cross = exp(exponent > saturation<Real> ? saturation<Real> : exponent);
-    return {b * (one - a) * (q - cross), b * a * (p - cross), Real(0)};
-  } else if constexpr (kind == Kind::alpha_beta) {
-    const Real cross = exp(a * log_p + b * log_q);
-    return {(exp((a + b) * log_q) - cross) / a, (exp((a + b) * log_p) - cross) / b, Real(0)};
   } else {
-    static_assert(kind != kind, "this kind has no additive terms");
+    static_assert(kind != kind, "power forms have power_terms, the Renyi divergence has no additive terms");
+  }
+}
+
+// The power forms are made of X = exp(cross_exponent) and of powers of p and q: p and q themselves
+// for alpha, p^(a+b) and q^(a+b) for alpha_beta. They start from logarithms, because a small power
+// of an underflowing probability matters.
+template <Kind kind, class Real>
+KD_INLINE Real cross_exponent(Real log_p, Real log_q, Real a, Real b) {
+  const Real exponent = a * log_p + (kind == Kind::alpha_beta ? b : Real(1) - a) * log_q;
+  return kind == Kind::alpha && exponent > saturation<Real> ? saturation<Real> : exponent;
+}
+
+template <Kind kind, class Real>
+KD_INLINE Terms<Real> power_terms(Real p_power, Real q_power, Real cross, Real a, Real b) {
+  static_assert(kind == Kind::alpha || kind == Kind::alpha_beta);
+  if constexpr (kind == Kind::alpha) {
+    return {b * (Real(1) - a) * (q_power - cross), b * a * (p_power - cross), Real(0)};
+  } else {
+    return {(q_power - cross) / a, (p_power - cross) / b, Real(0)};
   }
 }
 

@@ -58,9 +58,11 @@ def select(requested: str | None, device: str) -> str:
     """The backend for tensors on a device of this type: the one requested, or the best available.
 
     Raises:
-        ValueError: ``backend`` is not a name, or that backend does not serve the device.
+        TypeError, ValueError: ``backend`` is not the name of one, or it does not serve the device.
         RuntimeError: the backend requested by name is not available here.
     """
+    if requested is not None and not isinstance(requested, str):
+        raise TypeError(f"backend must be None or one of {', '.join(NAMES)}, got {requested!r}")
     return choose(requested, device)
 
 
@@ -68,14 +70,17 @@ def select(requested: str | None, device: str) -> str:
 def choose(requested: str | None, device: str) -> str:
     if requested is None:
         best = "cpu" if device == "cpu" else "triton"
-        if status(best).available:
+        supported, reason = row_backend(best).supports(device)
+        if supported:
             return best
-        warn_fallback(best, status(best).reason)
+        warn_fallback(best, reason)
         return "reference"
     if requested not in NAMES:
         raise ValueError(f"backend must be None or one of {', '.join(NAMES)}, got {requested!r}")
-    if requested == "cpu" and device != "cpu":
-        raise ValueError(f"backend='cpu' serves CPU tensors, these are on {device}")
     if not status(requested).available:
         raise RuntimeError(f"backend={requested!r} is not available: {status(requested).reason}")
+    if requested != "reference":
+        supported, reason = row_backend(requested).supports(device)
+        if not supported:
+            raise ValueError(f"backend={requested!r} cannot be used here: {reason}")
     return requested

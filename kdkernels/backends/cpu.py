@@ -17,6 +17,7 @@ __all__ = [
     "divergence_fused",
     "divergence_total",
     "status",
+    "supports",
     "token_statistics",
 ]
 
@@ -36,6 +37,14 @@ def status() -> tuple[bool, str]:
         return True, f"instruction set {native.module.isa()}, {torch.get_num_threads()} threads"
     except RuntimeError as error:
         return False, str(error)
+
+
+def supports(device: str) -> tuple[bool, str]:
+    """Whether the backend takes tensors on a device of this type, and the reason why not."""
+    available, reason = status()
+    if not available:
+        return False, reason
+    return device == "cpu", f"the cpu backend takes cpu tensors, and these are on {device}"
 
 
 def _module() -> Any:

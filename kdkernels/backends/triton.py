@@ -71,15 +71,15 @@ def status() -> tuple[bool, str]:
     return True, f"{'ROCm' if _is_hip() else 'CUDA'}: {', '.join(names)}"
 
 
-def supports(tensor: Tensor) -> tuple[bool, str]:
-    """Whether the backend takes this tensor, judged by its device, and the reason why not."""
+def supports(device: str) -> tuple[bool, str]:
+    """Whether the backend takes tensors on a device of this type, and the reason why not."""
     available, reason = status()
     if not available:
         return False, reason
     wanted = "cpu" if _kernels().interpreted else "cuda"
-    if tensor.device.type != wanted:
+    if device != wanted:
         how = "with TRITON_INTERPRET=1" if wanted == "cpu" else "without TRITON_INTERPRET=1"
-        return False, f"{how} the triton backend takes {wanted} tensors, and this one is on {tensor.device}"
+        return False, f"{how} the triton backend takes {wanted} tensors, and these are on {device}"
     return True, ""
 
 

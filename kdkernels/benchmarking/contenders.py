@@ -159,38 +159,35 @@ def why_not_liger_triton(workload: Workload) -> str:
 def prepare_liger_triton(workload: Workload, inputs: Inputs) -> Call:
     liger: Any = importlib.import_module("liger_kernel.transformers.functional")
     beta = liger_beta(workload)
+    dtype = torch.promote_types(workload.dtype, torch.float32)
+
+    def of_logits(prepared: Callable[..., Tensor], function: Callable[..., Tensor], **options: Any) -> Tensor:
+        """Liger's divergences take probabilities or their logarithms, which PyTorch has to make."""
+        return function(prepared(inputs.student, -1, dtype=dtype), prepared(inputs.teacher, -1, dtype=dtype), **options)
 
     def loss() -> Tensor:
         if workload.operation is Operation.HEAD:
-            value: Tensor = liger.liger_fused_linear_jsd(
-                inputs.student, inputs.student_weight, inputs.teacher, inputs.teacher_weight, jsd_beta=beta
-            )
-            return value
-        dtype = torch.promote_types(workload.dtype, torch.float32)
+            of_heads: Callable[..., Tensor] = liger.liger_fused_linear_jsd
+            return of_heads(inputs.student, inputs.student_weight, inputs.teacher, inputs.teacher_weight, jsd_beta=beta)
         if beta is None:
-            q, p = (functional.softmax(side, -1, dtype=dtype) for side in inputs[:2])
-            value = liger.liger_tvd(q, p, reduction="batchmean")
-            return value
-        log_q, log_p = (functional.log_softmax(side, -1, dtype=dtype) for side in (inputs.student, inputs.teacher))
+            return of_logits(functional.softmax, liger.liger_tvd, reduction="batchmean")
         if beta == 0:
-            value = liger.liger_kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-        else:
-            value = liger.liger_jsd(log_q, log_p, beta=beta)
-        return value
+            return of_logits(functional.log_softmax, liger.liger_kl_div, reduction="batchmean", log_target=True)
+        return of_logits(functional.log_softmax, liger.liger_jsd, beta=beta)
 
     return loss_and_gradients(loss, workload, inputs)
 
 
 def prepare_liger_chunked(workload: Workload, inputs: Inputs) -> Call:
     chunked: Any = importlib.import_module("liger_kernel.chunked_loss.jsd_loss")
-    function = chunked.LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=liger_beta(workload))
+    beta = liger_beta(workload)
+    function: Callable[..., Tensor] = chunked.LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta
+    )
     labels = torch.zeros(workload.tokens, dtype=torch.int64, device=workload.device)
 
     def loss() -> Tensor:
-        value: Tensor = function(
-            inputs.student, inputs.student_weight, inputs.teacher, inputs.teacher_weight, labels
-        )
-        return value
+        return function(inputs.student, inputs.student_weight, inputs.teacher, inputs.teacher_weight, labels)
 
     return loss_and_gradients(loss, workload, inputs)
 

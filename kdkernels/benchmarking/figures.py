@@ -40,7 +40,8 @@ def draw_times(axes: Axes, results: Sequence[Result]) -> None:
     lengths = [value * scale for value in milliseconds]
     axes.barh(range(len(results)), lengths, color=colours(results), height=0.7)
     texts = [
-        format_seconds(result.seconds) + ("" if result.ratio is None else f"  ({result.ratio:.2f}×)") for result in results
+        format_seconds(result.seconds) + ("" if result.ratio is None else f"  ({result.ratio:.2f}×)")
+        for result in results
     ]
     label_bars(axes, results, lengths, texts)
     axes.set_xlabel(f"{unit}, median (× the first)", fontsize=8)
@@ -68,7 +69,8 @@ def draw(path: Path, results: Sequence[Result], machine: str) -> None:
     from matplotlib.figure import Figure
 
     groups = {
-        workload: [result for result in group if result.seconds is not None] for workload, group in grouped(results).items()
+        workload: [result for result in group if result.seconds is not None]
+        for workload, group in grouped(results).items()
     }
     groups = {workload: group for workload, group in groups.items() if group}
     if not groups:

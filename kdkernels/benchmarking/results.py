@@ -114,8 +114,10 @@ def write_csv(path: Path, results: Sequence[Result], machine: str) -> None:
         writer.writerow([*parameters, *measured, "machine"])
         for result in results:
             values = (getattr(result, name) for name in measured)
-            writer.writerow([
-                *(result.columns.get(name, "") for name in parameters),
-                *("" if value is None else value for value in values),
-                machine,
-            ])
+            writer.writerow(
+                [
+                    *(result.columns.get(name, "") for name in parameters),
+                    *("" if value is None else value for value in values),
+                    machine,
+                ]
+            )

@@ -20,7 +20,7 @@ class Operation(str, enum.Enum):
     HEAD = "head"
 
     @property
-    def title(self) -> str:
+    def label(self) -> str:
         return {
             Operation.DENSE: "divergence of logits, forward+backward",
             Operation.FORWARD: "divergence of logits, forward only",
@@ -122,4 +122,4 @@ class Workload:
             if self.teacher_hidden != self.hidden:
                 sizes += f" (teacher {self.teacher_hidden:,})"
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.operation.title}: {self.divergence!r}, {sizes}, {dtype}, {self.device}"
+        return f"{self.operation.label}: {self.divergence!r}, {sizes}, {dtype}, {self.device}"

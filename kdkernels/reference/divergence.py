@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kdkernels import arguments
+from kdkernels.autocast import autocast_disabled
 from kdkernels.divergences import Divergence, ForwardKL
 from kdkernels.reductions import reduce_rows
 from kdkernels.reference import rows
@@ -56,7 +56,7 @@ def loss(problem: arguments.Problem, total: arguments.Total) -> Tensor:
     assert problem.teacher is not None
     device = problem.student.tensor.device.type
     # Autocast would undo the float32 of log_softmax's neighbours; the head's dtype is settled already.
-    with torch.autocast(device, enabled=False):
+    with autocast_disabled(device):
         student, teacher = rows.side_logits(problem.student), rows.side_logits(problem.teacher)
         values = rows.divergence(student, teacher, problem.spec) * total.divergence_scale
         if problem.spec.labels is not None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import arguments
+from kdkernels.autocast import autocast_disabled
 from kdkernels.backends.rows import STATISTICS, RowSpec, Side, row_temperature
 from kdkernels.reference.rows import effective_logits, side_logits
 from kdkernels.sources import Source
@@ -61,7 +62,7 @@ def statistics(problem: arguments.Problem) -> TokenStatistics:
             columns[f"label_log_prob_{name}"].copy_(log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1))
         return log_probs
 
-    with torch.autocast(problem.student.tensor.device.type, enabled=False):
+    with autocast_disabled(problem.student.tensor.device.type):
         log_q = one_side(
             "student",
             problem.student,

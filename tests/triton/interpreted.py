@@ -36,7 +36,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 def availability(tensor: Tensor) -> tuple[tuple[bool, str], tuple[bool, str]]:
-    return backend.status(), backend.supports(tensor)
+    return backend.status(), backend.supports(tensor.device.type)
 
 
 def saved_statistics() -> tuple[int, int]:

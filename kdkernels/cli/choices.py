@@ -1,0 +1,67 @@
+"""What can be named on the command line."""
+
+from __future__ import annotations
+
+import enum
+
+import torch
+
+import kdkernels as kd
+from kdkernels.cli.terminal import fail
+from kdkernels.divergences import Divergence
+
+__all__ = ["DIVERGENCES", "DivergenceName", "Dtype", "check_device"]
+
+DIVERGENCES: dict[str, Divergence] = {
+    "forward_kl": kd.ForwardKL(),
+    "reverse_kl": kd.ReverseKL(),
+    "jeffreys": kd.Jeffreys(),
+    "jsd": kd.JSD(),
+    "skew_forward_kl": kd.SkewForwardKL(),
+    "skew_reverse_kl": kd.SkewReverseKL(),
+    "tvd": kd.TVD(),
+    "alpha": kd.AlphaDivergence(0.7),
+    "hellinger": kd.Hellinger(),
+    "renyi": kd.Renyi(0.7),
+    "ab": kd.ABDivergence(0.6, 0.5),
+}
+"""Every divergence, with parameters that are nobody's special case."""
+
+
+class DivergenceName(str, enum.Enum):
+    FORWARD_KL = "forward_kl"
+    REVERSE_KL = "reverse_kl"
+    JEFFREYS = "jeffreys"
+    JSD = "jsd"
+    SKEW_FORWARD_KL = "skew_forward_kl"
+    SKEW_REVERSE_KL = "skew_reverse_kl"
+    TVD = "tvd"
+    ALPHA = "alpha"
+    HELLINGER = "hellinger"
+    RENYI = "renyi"
+    AB = "ab"
+
+
+class Dtype(str, enum.Enum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT64 = "float64"
+
+    @property
+    def torch(self) -> torch.dtype:
+        found: torch.dtype = getattr(torch, self.value)
+        return found
+
+
+def check_device(device: str) -> str:
+    """The device, or the end of the command if it is not there."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        fail(f"--device {device}: not the name of a device, such as cpu or cuda")
+    if kind not in {"cpu", "cuda"}:
+        fail(f"--device {device}: only cpu and cuda (which is also what PyTorch calls ROCm) are supported")
+    if kind == "cuda" and not torch.cuda.is_available():
+        fail(f"--device {device}: PyTorch {torch.__version__} finds no CUDA or ROCm device here")
+    return device

@@ -1,0 +1,193 @@
+"""Awkward inputs for the kernels: vocabularies of odd sizes, masked columns and rows, temperatures, labels, strides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import kdkernels as kd
+from kdkernels.sources import Source
+
+__all__ = ["Case", "Inputs", "head_cases", "logit_cases"]
+
+IGNORE_INDEX = -100
+HIDDEN = {"student": 24, "teacher": 40}
+TINY_BUDGET = 1
+"""Bytes for the logits of a head: far too few, so that every token is a chunk of its own."""
+
+
+class Inputs(NamedTuple):
+    """The arguments of one call."""
+
+    leaves: dict[str, Tensor]
+    """What gradients are wanted of, by name."""
+    sources: Callable[[dict[str, Tensor]], tuple[Source, Source]]
+    """Student and teacher, made from such leaves."""
+    options: dict[str, Any]
+    """Keyword arguments of ``distillation_loss``, as far as ``token_statistics`` has them too."""
+    loss_options: dict[str, Any]
+    """The others."""
+    upstream: Tensor
+    """Gradients that are sent to the losses of the single tokens."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of awkwardness. The tokens stand in a batch of the shape ``[2, rows / 2]``."""
+
+    name: str
+    vocab: int
+    rows: int = 6
+    spread: float = 2.0
+    """Standard deviation of the logits."""
+    masked_columns: bool = False
+    """A third of the vocabulary is -inf in both."""
+    masked_rows: bool = False
+    """Some tokens do not count and hold NaN."""
+    temperature: float = 1.0
+    teacher_temperature: float | None = None
+    per_token: bool = False
+    """Temperatures and weights are tensors."""
+    labels: bool = False
+    padded: bool = False
+    """Both vocabularies are padded, each to its own size, and ``vocab_size`` cuts them."""
+    teacher_dtype: torch.dtype | None = None
+    bias: bool = False
+    softcap: float | None = None
+    logit_scale: float | None = None
+    many_chunks: bool = False
+
+    def logits(self, dtype: torch.dtype, device: str) -> Inputs:
+        """Both sides are logits, the teacher's of ``teacher_dtype`` if there is one."""
+        random = Random(self, device)
+        leaves = {}
+        for name, padding in (("student", 3), ("teacher", 8)):
+            logits = random.normal(self.vocab + padding if self.padded else self.vocab, self.spread)
+            if self.masked_columns:
+                logits[..., 1 : self.vocab : 3] = -torch.inf
+            if self.masked_rows:
+                logits[~random.mask] = torch.nan
+            leaves[name] = logits.to(self.teacher_dtype if name == "teacher" and self.teacher_dtype else dtype)
+
+        def sources(leaves: dict[str, Tensor]) -> tuple[Source, Source]:
+            return leaves["student"], leaves["teacher"]
+
+        return self.inputs(random, leaves, sources)
+
+    def heads(self, dtype: torch.dtype, device: str) -> Inputs:
+        """Both sides are language-model heads of different widths."""
+        random = Random(self, device)
+        leaves = {}
+        for name, hidden in HIDDEN.items():
+            leaves[f"{name} hidden"] = random.normal(hidden, 1.0)
+            if self.masked_rows:
+                leaves[f"{name} hidden"][~random.mask] = torch.nan
+            leaves[f"{name} weight"] = random.matrix(self.vocab, hidden, self.spread * hidden**-0.5)
+            if self.bias:
+                leaves[f"{name} bias"] = random.matrix(1, self.vocab, 1.0).squeeze(0)
+        leaves = {name: leaf.to(dtype) for name, leaf in leaves.items()}
+
+        def sources(leaves: dict[str, Tensor]) -> tuple[Source, Source]:
+            student, teacher = (
+                kd.LMHead(
+                    leaves[f"{name} hidden"],
+                    leaves[f"{name} weight"],
+                    leaves.get(f"{name} bias"),
+                    softcap=self.softcap,
+                    logit_scale=self.logit_scale,
+                )
+                for name in HIDDEN
+            )
+            return student, teacher
+
+        return self.inputs(random, leaves, sources)
+
+    def inputs(
+        self,
+        random: Random,
+        leaves: dict[str, Tensor],
+        sources: Callable[[dict[str, Tensor]], tuple[Source, Source]],
+    ) -> Inputs:
+        options: dict[str, Any] = {"temperature": self.temperature, "teacher_temperature": self.teacher_temperature}
+        loss_options: dict[str, Any] = {}
+        if self.per_token:
+            options["temperature"] = random.positive()
+            options["teacher_temperature"] = random.positive()
+            loss_options["weight"] = random.positive()
+            loss_options["temperature_squared"] = True
+        if self.masked_rows:
+            options["mask"] = random.mask
+        if self.labels:
+            labels = random.labels(self.vocab)
+            options |= {"labels": labels, "ignore_index": IGNORE_INDEX}
+            loss_options["ce_weight"] = 0.5
+        if self.padded:
+            options["vocab_size"] = self.vocab
+        return Inputs(leaves, sources, options, loss_options, random.positive())
+
+
+class Random:
+    """The tensors of a case, the same at every call. They are drawn on the CPU, so that every device gets the same."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        self.shape = (2, case.rows // 2)
+        self.device = device
+        self.generator = torch.Generator().manual_seed(case.vocab)
+        self.mask = torch.ones(self.shape, dtype=torch.bool)
+        self.mask.view(-1)[1::3] = False
+        self.mask = self.mask.to(device)
+
+    def matrix(self, rows: int, columns: int, spread: float) -> Tensor:
+        return (torch.randn(rows, columns, generator=self.generator) * spread).to(self.device)
+
+    def normal(self, columns: int, spread: float) -> Tensor:
+        return self.matrix(self.shape[0] * self.shape[1], columns, spread).view(*self.shape, columns)
+
+    def positive(self) -> Tensor:
+        """One number per token, between 0.5 and 2.5."""
+        return (torch.rand(self.shape, generator=self.generator) * 2 + 0.5).to(self.device)
+
+    def labels(self, vocab: int) -> Tensor:
+        labels = torch.randint(vocab, self.shape, generator=self.generator)
+        labels[0, 0] = IGNORE_INDEX
+        return labels.to(self.device)
+
+
+def logit_cases(vocabularies: Sequence[int]) -> list[Case]:
+    """Cases where both sides are logits, for vocabularies in rising order: plain ones, and each awkwardness at one of them."""
+    middle, large = vocabularies[len(vocabularies) // 2], vocabularies[-1]
+    return [
+        *(Case(f"V = {vocab}", vocab) for vocab in vocabularies),
+        Case("temperatures 2 and 0.7", large, temperature=2.0, teacher_temperature=0.7),
+        Case("temperature and weight per token", middle, per_token=True),
+        Case("-inf columns", large, masked_columns=True),
+        Case("masked tokens holding NaN", middle, masked_rows=True),
+        Case("labels", large, labels=True, temperature=1.5),
+        Case("padded vocabularies", middle, padded=True, masked_columns=True),
+        Case("logits of hundreds", large, spread=200.0),
+        Case("all at once", middle, masked_columns=True, masked_rows=True, per_token=True, padded=True),
+        Case("float32 teacher", middle, teacher_dtype=torch.float32),
+    ]
+
+
+def head_cases(vocabularies: Sequence[int]) -> list[Case]:
+    """Cases where both sides are language-model heads."""
+    middle, large = vocabularies[len(vocabularies) // 2], vocabularies[-1]
+    return [
+        *(Case(f"V = {vocab}", vocab) for vocab in vocabularies),
+        Case(
+            "bias, logit scale, temperatures",
+            middle,
+            bias=True,
+            logit_scale=0.5,
+            temperature=2.0,
+            teacher_temperature=0.7,
+        ),
+        Case("softcap, labels", middle, softcap=5.0, labels=True),
+        Case("masked tokens holding NaN, weights", middle, masked_rows=True, per_token=True),
+        Case("one token per chunk", large, many_chunks=True, bias=True, labels=True),
+    ]

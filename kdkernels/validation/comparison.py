@@ -1,0 +1,185 @@
+"""Holds the answers of a backend against the truth, and against what plain PyTorch makes of the same inputs.
+
+The error of an answer is the largest over its rows of ``|answer - truth| / |truth|`` (Euclidean norms along the last
+dimension), so it is measured in the size of the gradient and a gradient of zeros is an error of 1. The rule: a backend's
+error is at most that of the reference in the inputs' own dtype, plus the tolerance of that dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import kdkernels as kd
+from kdkernels.backends import NAMES, row_backend
+from kdkernels.divergences import Divergence
+from kdkernels.validation.cases import TINY_BUDGET, Case, Inputs, head_cases, logit_cases
+
+__all__ = ["DTYPES", "KERNELS", "TOLERANCES", "Finding", "Plan", "Target", "make_plan", "servers", "validate"]
+
+TOLERANCES = {
+    torch.float64: 1e-12,
+    torch.float32: 5e-6,
+    torch.bfloat16: 1e-3,  # a quarter of a unit in the last place
+    torch.float16: 1.25e-4,
+}
+DTYPES = tuple(TOLERANCES)
+
+KERNELS = tuple(name for name in NAMES if name != "reference")
+"""The backends that have kernels."""
+
+VOCABULARIES = (1, 2, 127, 4097, 32_000)
+FEWER_VOCABULARIES = (1, 127, 1031)
+
+Answers = dict[str, Tensor]
+
+
+class Finding(NamedTuple):
+    """The worst answer to a case."""
+
+    case: str
+    quantity: str
+    error: float
+    plain_error: float
+    passed: bool
+    trouble: str = ""
+    """The exception, if one was raised."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One line of the report: an operation of a backend in one dtype, over all its cases."""
+
+    operation: str
+    divergence: Divergence | None
+    backend: str
+    dtype: torch.dtype
+    cases: tuple[Case, ...]
+
+
+Plan = list[Target]
+
+
+def servers(device: str, wanted: str | None) -> tuple[list[str], dict[str, str]]:
+    """The backends with kernels that serve this type of device, and for the others the reason why not."""
+    able, unable = [], {}
+    for name in KERNELS:
+        if wanted in {None, name}:
+            supported, reason = row_backend(name).supports(device)
+            if supported:
+                able.append(name)
+            else:
+                unable[name] = reason
+    return able, unable
+
+
+def make_plan(
+    names: Sequence[str], divergences: Sequence[Divergence], dtypes: Sequence[torch.dtype], quick: bool
+) -> Plan:
+    vocabularies = FEWER_VOCABULARIES if quick else VOCABULARIES
+    logits, heads = tuple(logit_cases(vocabularies)), tuple(head_cases(vocabularies[:-1]))
+    plan = []
+    for name in names:
+        for divergence in divergences:
+            plan += [Target("divergence", divergence, name, dtype, logits) for dtype in dtypes]
+        for divergence in (divergences[0], kd.JSD()):
+            plan += [Target("linear_divergence", divergence, name, dtype, heads) for dtype in dtypes]
+        plan += [Target("token_statistics", None, name, dtype, logits) for dtype in dtypes]
+    return plan
+
+
+def validate(target: Target, device: str) -> Iterator[Finding]:
+    """One finding per case."""
+    for case in target.cases:
+        if case.teacher_dtype == target.dtype:
+            continue
+        heads = target.operation == "linear_divergence"
+        inputs = case.heads(target.dtype, device) if heads else case.logits(target.dtype, device)
+        arguments: dict[str, Any] = {"backend": target.backend}
+        if case.many_chunks:
+            arguments["memory_budget"] = TINY_BUDGET
+        truth = answers(kd.reference, as_double(inputs), target, {})
+        plain = answers(kd.reference, inputs, target, {})
+        try:
+            ours = answers(kd, inputs, target, arguments)
+        except Exception as error:  # noqa: BLE001 - whatever a kernel does wrong is a finding
+            yield Finding(case.name, "", torch.inf, 0.0, False, f"{type(error).__name__}: {error}")
+        else:
+            yield worst(case, ours, plain, truth, TOLERANCES[target.dtype])
+
+
+def as_double(inputs: Inputs) -> Inputs:
+    return inputs._replace(leaves={name: leaf.double() for name, leaf in inputs.leaves.items()})
+
+
+def answers(library: Any, inputs: Inputs, target: Target, arguments: dict[str, Any]) -> Answers:
+    """What kdkernels or its reference computes."""
+    if target.divergence is None:
+        return statistics_answers(library, inputs, arguments)
+    return loss_answers(library, inputs, target.divergence, arguments)
+
+
+def loss_answers(library: Any, inputs: Inputs, divergence: Divergence, arguments: dict[str, Any]) -> Answers:
+    """The losses of the tokens and their sum, and the gradients of both: every way a loss is computed."""
+    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in inputs.leaves.items()}
+    function: Callable[..., Tensor] = library.distillation_loss
+
+    def loss(reduction: str) -> Tensor:
+        student, teacher = inputs.sources(leaves)
+        return function(
+            student, teacher, divergence, reduction=reduction, **inputs.options, **inputs.loss_options, **arguments
+        )
+
+    def gradients(value: Tensor, upstream: Tensor | None, name: str) -> Answers:
+        parts = torch.autograd.grad(value, list(leaves.values()), upstream)
+        return {f"gradient to {leaf}, {name}": part for leaf, part in zip(leaves, parts, strict=True)}
+
+    with torch.no_grad():
+        found = {"value per token, without gradient": loss("none").flatten()}
+    total, rows = loss("sum"), loss("none")
+    found["sum"] = total.detach().reshape(1)
+    found["value per token"] = rows.detach().flatten()
+    return found | gradients(total, None, "sum") | gradients(rows, inputs.upstream.to(rows.dtype), "per token")
+
+
+def statistics_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) -> Answers:
+    """Every statistic of the tokens, with both sides and with the student alone."""
+    student, teacher = inputs.sources(inputs.leaves)
+    options = dict(inputs.options)
+    labels = options.pop("labels", None)
+    both = library.token_statistics(student, teacher, labels, **options, **arguments)._asdict()
+    alone = library.token_statistics(student, None, labels, **options, **arguments)._asdict()
+    found = {name: values for name, values in both.items() if values is not None}
+    found |= {f"{name}, without teacher": values for name, values in alone.items() if values is not None}
+    return {name: values.flatten() for name, values in found.items()}
+
+
+def error_of(answer: Tensor, truth: Tensor, per_row: bool) -> float:
+    """The relative error, see above; infinite for an answer that is not finite or has another shape."""
+    if answer.shape != truth.shape or not bool(answer.isfinite().all()):
+        return torch.inf
+    rows = (-1, truth.shape[-1]) if per_row else (1, -1)
+    truth, difference = truth.double().reshape(rows), (answer.double() - truth.double()).reshape(rows)
+    size = truth.norm(dim=-1)
+    # Rows of nothing but zeros are measured in the size of the others; a truth of nothing but zeros in absolute terms.
+    least = 1e-3 * float(size.max())
+    return float((difference.norm(dim=-1) / size.clamp(min=least if least > 1e-6 else 1.0)).max())
+
+
+def worst(case: Case, ours: Answers, plain: Answers, truth: Answers, tolerance: float) -> Finding:
+    """The answer that comes closest to failing, or fails most."""
+    findings = []
+    for name, expected in truth.items():
+        per_row = expected.dim() > 1
+        error, plain_error = error_of(ours[name], expected, per_row), error_of(plain[name], expected, per_row)
+        if expected.dtype == torch.int64:  # token ids are right or wrong
+            error = plain_error = 0.0 if torch.equal(ours[name], expected) else torch.inf
+            passed = error == 0
+        else:
+            passed = error <= plain_error + tolerance
+        findings.append(Finding(case.name, name, error, plain_error, passed))
+    return max(findings, key=lambda finding: (not finding.passed, finding.error - finding.plain_error))
