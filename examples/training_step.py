@@ -95,7 +95,7 @@ LOSSES: Mapping[str, Callable[[LossSettings], LossFunction]] = {"fused": fused_l
 
 
 def make_optimizer(student: torch.nn.Module, learning_rate: float) -> torch.optim.AdamW:
-    return torch.optim.AdamW(student.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    return torch.optim.AdamW(student.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
