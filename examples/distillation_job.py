@@ -174,7 +174,7 @@ class Job:
     def report(self, progress: Progress) -> None:
         quality = self.evaluate()
         progress.console.print(
-            f"step {len(self.results.losses):>4}: held-out KL to the teacher {quality.kl:7.3f}, "
+            f"step {len(self.results.losses):>4}: held-out KL {quality.kl:.3f}, "
             f"perplexity {quality.perplexity:,.1f} (teacher {self.results.teacher_perplexity:.1f})",
             highlight=False,
         )

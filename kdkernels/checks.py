@@ -21,7 +21,8 @@ def is_real(value: object) -> TypeGuard[float]:
 
 def check_real(name: str, value: object, *, positive: bool = False) -> float:
     """``value`` as a float, which must be finite, and positive if asked for."""
-    if is_real(value) and math.isfinite(value) and (value > 0 or not positive):
+    # Not math.isfinite: of numbers that stay variable in a compiled graph only comparisons may be asked.
+    if is_real(value) and -math.inf < value < math.inf and (value > 0 or not positive):
         return float(value)
     error = ValueError if is_real(value) else TypeError
     raise error(f"{name} must be a {'positive ' * positive}finite number, got {value!r}")
@@ -29,9 +30,9 @@ def check_real(name: str, value: object, *, positive: bool = False) -> float:
 
 def check_integer(name: str, value: object) -> int:
     """``value``, which must be a whole number of an integer type."""
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return int(value)
-    raise TypeError(f"{name} must be an integer, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return int(value)
 
 
 def check_flag(name: str, value: object) -> bool:

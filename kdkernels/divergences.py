@@ -7,6 +7,7 @@ are tabulated in ``csrc/math/divergence.h``.
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -65,11 +66,13 @@ class Divergence:
         raise NotImplementedError(f"{type(self).__name__} does not say which formula computes it")
 
 
-def checked(owner: object, name: str, allowed: str, accepted: bool) -> None:
-    """Raises the error for a parameter that is not accepted."""
-    value = getattr(owner, name)
+def checked(owner: object, name: str, allowed: str, accepted: bool, limits: Mapping[float, str] | None = None) -> None:
+    """Raises the error for a parameter that is not accepted; ``limits`` names the divergence at values just outside."""
     if not accepted:
-        raise ValueError(f"{type(owner).__name__}: {name} must be {allowed}, got {value!r}")
+        value = getattr(owner, name)
+        limit = (limits or {}).get(value)
+        hint = "" if limit is None else f"; the limit there is {limit}"
+        raise ValueError(f"{type(owner).__name__}: {name} must be {allowed}, got {value!r}{hint}")
 
 
 def as_number(owner: object, name: str) -> float:
@@ -124,8 +127,7 @@ class JSD(Divergence):
 
     def __post_init__(self) -> None:
         beta = as_number(self, "beta")
-        hint = {0.0: "; the limit at 0 is ForwardKL()", 1.0: "; the limit at 1 is ReverseKL()"}.get(beta, "")
-        checked(self, "beta", f"strictly between 0 and 1{hint}", 0 < beta < 1)
+        checked(self, "beta", "strictly between 0 and 1", 0 < beta < 1, {0.0: "ForwardKL()", 1.0: "ReverseKL()"})
 
     @property
     def form(self) -> Form:
@@ -220,9 +222,8 @@ class ABDivergence(Divergence):
 
     def __post_init__(self) -> None:
         alpha, beta = as_number(self, "alpha"), as_number(self, "beta")
-        hint = {(1.0, 0.0): "; the limit is ForwardKL()", (0.0, 1.0): "; the limit is ReverseKL()"}
-        checked(self, "alpha", f"greater than 0{hint.get((alpha, beta), '')}", alpha > 0)
-        checked(self, "beta", f"greater than 0{hint.get((alpha, beta), '')}", beta > 0)
+        checked(self, "alpha", "greater than 0", alpha > 0, {0.0: "ReverseKL()"} if beta == 1 else None)
+        checked(self, "beta", "greater than 0", beta > 0, {0.0: "ForwardKL()"} if alpha == 1 else None)
 
     @property
     def form(self) -> Form:

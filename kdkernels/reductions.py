@@ -56,6 +56,6 @@ def row_scales(problem: Problem, total: Total) -> Scales:
         if total.weight is not None:
             return (total.weight * factor).to(problem.dtype)
         rows = problem.student.tensor.shape[0]
-        return torch.as_tensor(factor, dtype=problem.dtype).expand(rows).contiguous()
+        return (problem.student.tensor.new_ones(rows, dtype=problem.dtype) * factor).to(problem.dtype)
 
     return Scales(0.0, per_row(divergence), 0.0, None if problem.spec.labels is None else per_row(cross_entropy))

@@ -31,6 +31,8 @@ class Case(NamedTuple):
     name: str
     divergence: kd.Divergence
     formula: Formula
+    factor: float = 1.0
+    """In front of the sums, and of their rounding errors."""
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -94,6 +96,7 @@ def alpha_divergence(alpha: float) -> Case:
         f"alpha({alpha})",
         kd.AlphaDivergence(alpha),
         lambda p, q: (1 - affinity(p, q, alpha, 1 - alpha)) / (alpha * (1 - alpha)),
+        factor=abs(1 / (alpha * (1 - alpha))),
     )
 
 
@@ -102,12 +105,16 @@ def renyi(alpha: float) -> Case:
         f"renyi({alpha})",
         kd.Renyi(alpha),
         lambda p, q: torch.logsumexp(alpha * p + (1 - alpha) * q, -1) / (alpha - 1),
+        factor=abs(1 / (alpha - 1)),
     )
 
 
 def alpha_beta(alpha: float, beta: float) -> Case:
     return Case(
-        f"ab({alpha},{beta})", kd.ABDivergence(alpha, beta), lambda p, q: ab_divergence(p, q, alpha, beta)
+        f"ab({alpha},{beta})",
+        kd.ABDivergence(alpha, beta),
+        lambda p, q: ab_divergence(p, q, alpha, beta),
+        factor=1 / (alpha * beta),
     )
 
 
@@ -211,9 +218,11 @@ def evaluate(
     gradients = torch.autograd.grad(value, leaves, upstream.to(dtype))
     with torch.no_grad():
         tau = options.get("temperature", 1.0)
-        value_size = value.abs().clamp(min=1)
+        size = case.factor * value.abs().clamp(min=1)
         mass = log_softmax(leaves[0], tau).exp() + log_softmax(leaves[1], options.get("teacher_temperature", tau)).exp()
-        gradient_size = (upstream.to(dtype).abs() * value_size).unsqueeze(-1) * mass
+        gradient_size = (upstream.to(dtype).abs() * size).unsqueeze(-1) * mass
+        # The entropies and log-sum-exps that a value is the difference of.
+        value_size = size.clamp(min=case.factor * math.log(student.shape[-1]))
     return Result(value.detach(), *gradients, value_size, gradient_size)
 
 

@@ -52,18 +52,13 @@ def chunks(sides: list[Side], memory_budget: int | None) -> Iterator[slice]:
 class Head:
     """One side while its chunks go by: makes logits, takes their gradient."""
 
-    def __init__(self, side: Side, needs: Needs, longest: int) -> None:
+    def __init__(self, side: Side, needs: Needs) -> None:
         self.side = side
         self.needs = needs
-        tensor, weight = side.tensor, side.weight
-        self.gradients = SideGradients(
-            torch.empty_like(tensor, memory_format=torch.contiguous_format) if needs.tensor else None
-        )
+        self.tensor_gradient = side.tensor.new_empty(side.tensor.shape) if needs.tensor else None
         self.weight_sum: Tensor | None = None
         self.bias_sum: Tensor | None = None
         self.buffer: Tensor | None = None
-        if weight is not None:
-            self.buffer = tensor.new_empty(longest, weight.shape[0])
 
     @property
     def wanted(self) -> bool:
@@ -71,8 +66,10 @@ class Head:
 
     def logits(self, chunk: slice) -> Tensor:
         rows = self.side.tensor[chunk]
-        if self.side.weight is None or self.buffer is None:
+        if self.side.weight is None:
             return rows
+        if self.buffer is None:  # the first chunk is the longest
+            self.buffer = rows.new_empty(rows.shape[0], self.side.weight.shape[0])
         out = self.buffer[: rows.shape[0]]
         scale = self.side.scale
         if self.side.bias is None:
@@ -85,7 +82,7 @@ class Head:
             return None
         if self.side.weight is not None:
             return logits
-        return None if self.gradients.tensor is None else self.gradients.tensor[chunk]
+        return None if self.tensor_gradient is None else self.tensor_gradient[chunk]
 
     def take(self, gradient: Tensor | None, chunk: slice) -> None:
         """Carries the gradient of a chunk's logits on to hidden states, weight and bias."""
@@ -93,8 +90,8 @@ class Head:
         if gradient is None or weight is None:
             return
         hidden = self.side.tensor[chunk]
-        if self.gradients.tensor is not None:
-            out = self.gradients.tensor[chunk]
+        if self.tensor_gradient is not None:
+            out = self.tensor_gradient[chunk]
             torch.addmm(out, gradient, weight, beta=0, alpha=scale, out=out)
         if self.needs.weight:
             if hidden.element_size() >= 4:
@@ -120,7 +117,7 @@ class Head:
             return torch.zeros_like(like) if total is None else total.to(like.dtype)
 
         return SideGradients(
-            self.gradients.tensor,
+            self.tensor_gradient,
             summed(self.weight_sum, weight, self.needs.weight),
             summed(self.bias_sum, bias, self.needs.bias),
         )
@@ -163,7 +160,8 @@ def divergence(
         return spread(values[0], index, rows), values[1] if spec.labels is None else spread(values[1], index, rows)
     kernels = row_backend(backend)
     values = empty_values(student, teacher, spec)
-    for chunk, heads in walk([student, teacher], [Needs(False), Needs(False)], memory_budget):
+    heads = [Head(student, Needs(False)), Head(teacher, Needs(False))]
+    for chunk in chunks([student, teacher], memory_budget):
         part = kernels.divergence_forward(heads[0].logits(chunk), heads[1].logits(chunk), spec.take(chunk))
         store_values(values, part, chunk)
     return values
@@ -204,8 +202,8 @@ def divergence_with_gradients(
         return spread(divergence, index, rows), cross_entropy, spread_hidden(to_student), spread_hidden(to_teacher)
     kernels = row_backend(backend)
     values = empty_values(student, teacher, spec)
-    heads = [Head(student, needs[0], 0), Head(teacher, needs[1], 0)]
-    for chunk, heads in walk([student, teacher], list(needs), memory_budget):
+    heads = [Head(student, needs[0]), Head(teacher, needs[1])]
+    for chunk in chunks([student, teacher], memory_budget):
         logits = [head.logits(chunk) for head in heads]
         gradients = [head.gradient_buffer(part, chunk) for head, part in zip(heads, logits, strict=True)]
         part = kernels.divergence_fused(
@@ -228,11 +226,12 @@ def statistics(
     """``token_statistics`` of a row backend, for any sources."""
     kernels = row_backend(backend)
     sides = [student] if teacher is None else [student, teacher]
+    heads = [Head(side, Needs(False)) for side in sides]
     parts = [
         kernels.token_statistics(
             heads[0].logits(chunk), heads[1].logits(chunk) if len(heads) > 1 else None, spec.take(chunk)
         )
-        for chunk, heads in walk(sides, [Needs(False)] * len(sides), memory_budget)
+        for chunk in chunks(sides, memory_budget)
     ]
     if not parts:
         vocab = student.tensor.new_empty(
@@ -241,16 +240,6 @@ def statistics(
         return kernels.token_statistics(vocab, None if teacher is None else vocab, spec)  # type: ignore[no-any-return]
     values, argmax = zip(*parts, strict=True)
     return torch.cat(values), torch.cat(argmax)
-
-
-def walk(sides: list[Side], needs: list[Needs], memory_budget: int | None) -> Iterator[tuple[slice, list[Head]]]:
-    """The chunks one after the other, with the same heads."""
-    heads: list[Head] = []
-    for chunk in chunks(sides, memory_budget):
-        if not heads:
-            longest = chunk.stop - chunk.start
-            heads = [Head(side, need, longest) for side, need in zip(sides, needs, strict=True)]
-        yield chunk, heads
 
 
 def empty_values(student: Side, teacher: Side, spec: RowSpec) -> tuple[Tensor, Tensor]:

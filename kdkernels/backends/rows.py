@@ -95,7 +95,7 @@ class Scales(NamedTuple):
     def per_row(self, rows: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Both as tensors ``[rows]``."""
         divergence, cross_entropy = (
-            like.new_full((rows,), factor) if tensor is None else tensor
+            like.new_ones(rows) * factor if tensor is None else tensor
             for factor, tensor in ((self[0], self[1]), (self[2], self[3]))
         )
         return divergence, cross_entropy

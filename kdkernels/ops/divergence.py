@@ -17,12 +17,11 @@ from kdkernels.arguments import Problem
 from kdkernels.backends import HAVE_TOTAL, row_backend
 from kdkernels.backends.rows import RowSpec, Scales, compute_dtype
 from kdkernels.ops.eager import take_scaled, traced
-from kdkernels.ops.schema import SPEC, spec_gradients
+from kdkernels.ops.schema import SPEC, TAGS, as_numbers, has_labels, pack_spec, spec_gradients, unpack_spec
+from kdkernels.ops.second_order import differentiable_gradients
 from kdkernels.reference import rows as reference
 
 __all__ = ["has_total", "rows", "total"]
-
-OptionalGradients = tuple[Tensor | None, Tensor | None]
 
 
 def gradient_like(logits: Tensor, wanted: bool) -> Tensor:
@@ -30,8 +29,9 @@ def gradient_like(logits: Tensor, wanted: bool) -> Tensor:
     return logits.new_empty(logits.shape if wanted else 0)
 
 
-def forward(student: Tensor, teacher: Tensor, backend: str, *spec: Any) -> tuple[Tensor, Tensor, Tensor]:
-    values: tuple[Tensor, Tensor, Tensor] = row_backend(backend).divergence_forward(student, teacher, RowSpec(*spec))
+def forward(student: Tensor, teacher: Tensor, backend: str, *packed: Any) -> tuple[Tensor, Tensor, Tensor]:
+    spec = unpack_spec(packed)
+    values: tuple[Tensor, Tensor, Tensor] = row_backend(backend).divergence_forward(student, teacher, spec)
     return values
 
 
@@ -40,14 +40,15 @@ divergence_op = torch.library.custom_op(
     forward,
     mutates_args=(),
     schema=f"(Tensor student, Tensor teacher, str backend, {SPEC}) -> (Tensor, Tensor, Tensor)",
+    tags=TAGS,
 )
 
 
 @divergence_op.register_fake
-def _(student: Tensor, teacher: Tensor, backend: str, *spec: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(student: Tensor, teacher: Tensor, backend: str, *packed: Any) -> tuple[Tensor, Tensor, Tensor]:
     count = student.shape[0]
     divergence = student.new_empty(count, dtype=compute_dtype(student, teacher))
-    cross_entropy = divergence.new_empty(0 if RowSpec(*spec).labels is None else count)
+    cross_entropy = divergence.new_empty(count if has_labels(packed) else 0)
     return divergence, cross_entropy, divergence.new_empty(count, row_backend(backend).SAVED_STATISTICS)
 
 
@@ -60,14 +61,14 @@ def backward(
     to_student: bool,
     to_teacher: bool,
     backend: str,
-    *spec: Any,
+    *packed: Any,
 ) -> tuple[Tensor, Tensor]:
     gradients = gradient_like(student, to_student), gradient_like(teacher, to_teacher)
     row_backend(backend).divergence_backward(
         student,
         teacher,
         statistics,
-        RowSpec(*spec),
+        unpack_spec(packed),
         grad_divergence.contiguous(),
         None if grad_cross_entropy is None else grad_cross_entropy.contiguous(),
         gradients[0] if to_student else None,
@@ -82,6 +83,7 @@ divergence_backward_op = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor student, Tensor teacher, Tensor statistics, Tensor grad_divergence, Tensor? grad_cross_entropy, "
     f"bool to_student, bool to_teacher, str backend, {SPEC}) -> (Tensor, Tensor)",
+    tags=TAGS,
 )
 
 
@@ -99,59 +101,48 @@ def _(
     return gradient_like(student, to_student), gradient_like(teacher, to_teacher)
 
 
-def differentiable_gradients(
-    student: Tensor,
-    teacher: Tensor,
-    spec: RowSpec,
-    grad_divergence: Tensor,
-    grad_cross_entropy: Tensor | None,
-    wanted: tuple[bool, bool],
-) -> OptionalGradients:
-    """The gradients with a graph of their own, for second derivatives: through the reference."""
-    with torch.enable_grad():
-        values, upstream = [reference.divergence(student, teacher, spec)], [grad_divergence]
-        if spec.labels is not None and grad_cross_entropy is not None:
-            values.append(reference.cross_entropy(student, spec, values[0].dtype))
-            upstream.append(grad_cross_entropy)
-        inputs = [tensor for tensor, want in zip((student, teacher), wanted, strict=True) if want]
-        found = iter(torch.autograd.grad(values, inputs, upstream, create_graph=True, allow_unused=True))
-    student_gradient, teacher_gradient = (next(found) if want else None for want in wanted)
-    return student_gradient, teacher_gradient
-
-
 def setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    student, teacher, backend, *fields = inputs
-    spec = RowSpec(*fields)
-    ctx.save_for_backward(
-        student, teacher, output[2], spec.student_temperatures, spec.teacher_temperatures, spec.labels, spec.active
-    )
+    student, teacher, ctx.backend, ctx.kind, *fields = inputs
+    ctx.save_for_backward(student, teacher, output[2], *fields)
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
-    ctx.backend = backend
-    ctx.spec = spec._replace(student_temperatures=None, teacher_temperatures=None, labels=None, active=None)
 
 
 def backward_rows(
     ctx: Any, grad_divergence: Tensor | None, grad_cross_entropy: Tensor | None, _: Tensor | None
 ) -> tuple[Any, ...]:
-    student, teacher, statistics, student_temperatures, teacher_temperatures, labels, active = ctx.saved_tensors
-    spec = ctx.spec._replace(
-        student_temperatures=student_temperatures,
-        teacher_temperatures=teacher_temperatures,
-        labels=labels,
-        active=active,
-    )
+    student, teacher, statistics, *fields = ctx.saved_tensors
+    packed = ctx.kind, *fields
     wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
     if grad_divergence is None:
         grad_divergence = student.new_zeros(student.shape[0], dtype=compute_dtype(student, teacher))
     if torch.is_grad_enabled():
-        gradients = differentiable_gradients(student, teacher, spec, grad_divergence, grad_cross_entropy, wanted)
+        gradients = second_order(student, teacher, unpack_spec(packed), wanted, grad_divergence, grad_cross_entropy)
     else:
         found = divergence_backward_op(
-            student, teacher, statistics, grad_divergence, grad_cross_entropy, *wanted, ctx.backend, *spec
+            student, teacher, statistics, grad_divergence, grad_cross_entropy, *wanted, ctx.backend, *packed
         )
-        gradients = found[0] if wanted[0] else None, found[1] if wanted[1] else None
+        gradients = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
     return *gradients, None, *spec_gradients()
+
+
+def second_order(
+    student: Tensor,
+    teacher: Tensor,
+    spec: RowSpec,
+    wanted: tuple[bool, bool],
+    grad_divergence: Tensor,
+    grad_cross_entropy: Tensor | None,
+) -> list[Tensor | None]:
+    """The gradients to the logits, differentiable once more."""
+    hard = spec.labels is not None and grad_cross_entropy is not None
+
+    def values(student: Tensor, teacher: Tensor) -> list[Tensor]:
+        divergence = reference.divergence(student, teacher, spec)
+        return [divergence, reference.cross_entropy(student, spec, divergence.dtype)] if hard else [divergence]
+
+    upstream = [grad_divergence, grad_cross_entropy] if hard and grad_cross_entropy is not None else [grad_divergence]
+    return differentiable_gradients(values, (student, teacher), wanted, upstream)
 
 
 divergence_op.register_autograd(backward_rows, setup_context=setup_rows)
@@ -168,31 +159,31 @@ def rows(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     assert problem.teacher is not None
     student, teacher = problem.student.tensor, problem.teacher.tensor
     if traced(student, teacher):
-        values = divergence_op(student, teacher, backend, *problem.spec)
+        values = divergence_op(student, teacher, backend, *pack_spec(problem.spec))
     elif torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
-        values = Rows.apply(student, teacher, backend, *problem.spec)  # type: ignore[no-untyped-call]
+        values = Rows.apply(student, teacher, backend, *pack_spec(problem.spec))  # type: ignore[no-untyped-call]
     else:
-        values = forward(student, teacher, backend, *problem.spec)
+        values = row_backend(backend).divergence_forward(student, teacher, problem.spec)
     return values[0], values[1]
 
 
 def forward_total(
     student: Tensor,
     teacher: Tensor,
-    divergence_factor: float,
+    factors: Tensor,
     divergence_scale: Tensor | None,
-    cross_entropy_factor: float,
     cross_entropy_scale: Tensor | None,
     to_student: bool,
     to_teacher: bool,
     backend: str,
-    *spec: Any,
+    *packed: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    divergence_factor, cross_entropy_factor = factors.tolist()
     grad_student, grad_teacher = gradient_like(student, to_student), gradient_like(teacher, to_teacher)
     value = row_backend(backend).divergence_total(
         student,
         teacher,
-        RowSpec(*spec),
+        unpack_spec(packed),
         Scales(divergence_factor, divergence_scale, cross_entropy_factor, cross_entropy_scale),
         grad_student if to_student else None,
         grad_teacher if to_teacher else None,
@@ -204,15 +195,15 @@ divergence_total_op = torch.library.custom_op(
     "kdkernels::divergence_total",
     forward_total,
     mutates_args=(),
-    schema="(Tensor student, Tensor teacher, float divergence_factor, Tensor? divergence_scale, "
-    "float cross_entropy_factor, Tensor? cross_entropy_scale, bool to_student, bool to_teacher, str backend, "
-    f"{SPEC}) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor student, Tensor teacher, Tensor factors, Tensor? divergence_scale, Tensor? cross_entropy_scale, "
+    f"bool to_student, bool to_teacher, str backend, {SPEC}) -> (Tensor, Tensor, Tensor)",
+    tags=TAGS,
 )
 
 
 @divergence_total_op.register_fake
 def _(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    to_student, to_teacher = rest[4:6]
+    to_student, to_teacher = rest[3:5]
     value = student.new_empty((), dtype=compute_dtype(student, teacher))
     return value, gradient_like(student, to_student), gradient_like(teacher, to_teacher)
 
@@ -263,28 +254,23 @@ class FusedTotal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Any, ...]:
-        gradients = second_order(ctx, grad_total) if torch.is_grad_enabled() else take_scaled(ctx, grad_total)
+        if torch.is_grad_enabled():
+            gradients = FusedTotal.second_order(ctx, grad_total)
+        else:
+            gradients = take_scaled(ctx, grad_total)
         return *gradients, None, None, None, None
 
-
-def second_order(ctx: Any, grad_total: Tensor) -> OptionalGradients:
-    """The gradients to the logits, differentiable once more."""
-    if ctx.donated:
-        raise RuntimeError(
-            "distillation_loss: second derivatives need the student's logits, which were donated; use donate=False"
-        )
-    student, teacher = ctx.saved_tensors
-    scales, spec = ctx.options
-    like = student.new_empty(0, dtype=compute_dtype(student, teacher))
-    divergence_scale, cross_entropy_scale = scales.per_row(student.shape[0], like)
-    return differentiable_gradients(
-        student,
-        teacher,
-        spec,
-        divergence_scale * grad_total,
-        cross_entropy_scale * grad_total,
-        (ctx.needs_input_grad[0], ctx.needs_input_grad[1]),
-    )
+    @staticmethod
+    def second_order(ctx: Any, grad_total: Tensor) -> list[Tensor | None]:
+        if ctx.donated:
+            raise RuntimeError(
+                "distillation_loss: second derivatives need the student's logits, which were donated; use donate=False"
+            )
+        student, teacher = ctx.saved_tensors
+        scales, spec = ctx.options
+        like = student.new_empty(0, dtype=compute_dtype(student, teacher))
+        upstream = [scale * grad_total for scale in scales.per_row(student.shape[0], like)]
+        return second_order(student, teacher, spec, ctx.needs_input_grad[:2], *upstream)
 
 
 def total(problem: Problem, scales: Scales, backend: str) -> Tensor:
@@ -295,7 +281,18 @@ def total(problem: Problem, scales: Scales, backend: str) -> Tensor:
     to_student, to_teacher = grad and student.requires_grad, grad and teacher.requires_grad
     value: Tensor
     if traced(student, teacher):
-        value = divergence_total_op(student, teacher, *scales, to_student, to_teacher, backend, *problem.spec)[0]
+        factors = as_numbers((scales.divergence_factor, scales.cross_entropy_factor))
+        value = divergence_total_op(
+            student,
+            teacher,
+            factors,
+            scales.divergence,
+            scales.cross_entropy,
+            to_student,
+            to_teacher,
+            backend,
+            *pack_spec(problem.spec),
+        )[0]
     elif to_student or to_teacher:
         value = FusedTotal.apply(student, teacher, scales, problem.student.donate, backend, problem.spec)  # type: ignore[no-untyped-call]
     else:

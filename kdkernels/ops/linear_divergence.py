@@ -7,6 +7,7 @@ which need the logits only once. The arithmetic is in ``kdkernels.backends.chunk
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from kdkernels.backends import chunked_head
 from kdkernels.backends.chunked_head import Needs, SideGradients
 from kdkernels.backends.rows import RowSpec, Scales, Side, compute_dtype
 from kdkernels.ops.eager import take_scaled, traced
-from kdkernels.ops.schema import SPEC, spec_gradients
+from kdkernels.ops.schema import SPEC, TAGS, has_labels, pack_spec, spec_gradients, unpack_spec
+from kdkernels.ops.second_order import differentiable_gradients
 from kdkernels.reference import rows as reference
 
 __all__ = ["rows", "total"]
@@ -30,7 +32,7 @@ OPTIONS = f"int? memory_budget, str backend, {SPEC}"
 TENSORS = (0, 1, 2, 4, 5, 6)
 """Where the tensors stand among the arguments of ``SIDES``."""
 SIDES_LENGTH = 8
-OPTIONS_LENGTH = 2 + len(RowSpec._fields)
+OPTIONS_LENGTH = 2 + len(spec_gradients())
 
 Arguments = tuple[Any, ...]
 
@@ -52,11 +54,11 @@ def wanted_gradients(sides: Arguments) -> list[bool]:
     return [sides[place] is not None and sides[place].requires_grad for place in TENSORS]
 
 
-def values_like(sides: Arguments, spec: RowSpec) -> tuple[Tensor, Tensor]:
+def values_like(sides: Arguments, packed: Arguments) -> tuple[Tensor, Tensor]:
     """Empty tensors for the values of the rows."""
     student, teacher = sides[0], sides[4]
     divergence = student.new_empty(student.shape[0], dtype=compute_dtype(student, teacher))
-    return divergence, divergence.new_empty(0 if spec.labels is None else student.shape[0])
+    return divergence, divergence.new_empty(student.shape[0] if has_labels(packed) else 0)
 
 
 def gradients_like(sides: Arguments, wanted: list[bool]) -> list[Tensor]:
@@ -79,26 +81,30 @@ def scattered(gradients: list[Tensor | None]) -> Arguments:
 
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    sides, (memory_budget, backend, *spec) = arguments[:SIDES_LENGTH], arguments[SIDES_LENGTH:]
-    return chunked_head.divergence(*unpack(sides), RowSpec(*spec), memory_budget, backend)
+    sides, (memory_budget, backend, *packed) = arguments[:SIDES_LENGTH], arguments[SIDES_LENGTH:]
+    return chunked_head.divergence(*unpack(sides), unpack_spec(packed), memory_budget, backend)
 
 
 linear_divergence_op = torch.library.custom_op(
-    "kdkernels::linear_divergence", forward, mutates_args=(), schema=f"({SIDES}, {OPTIONS}) -> (Tensor, Tensor)"
+    "kdkernels::linear_divergence",
+    forward,
+    mutates_args=(),
+    schema=f"({SIDES}, {OPTIONS}) -> (Tensor, Tensor)",
+    tags=TAGS,
 )
 
 
 @linear_divergence_op.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return values_like(arguments[:SIDES_LENGTH], RowSpec(*arguments[SIDES_LENGTH + 2 :]))
+    return values_like(arguments[:SIDES_LENGTH], arguments[SIDES_LENGTH + 2 :])
 
 
 def backward(*arguments: Any) -> list[Tensor]:
     sides, rest = arguments[:SIDES_LENGTH], arguments[SIDES_LENGTH:]
-    grad_divergence, grad_cross_entropy, wanted, memory_budget, backend, *spec = rest
+    grad_divergence, grad_cross_entropy, wanted, memory_budget, backend, *packed = rest
     _, _, *gradients = chunked_head.divergence_with_gradients(
         *unpack(sides),
-        RowSpec(*spec),
+        unpack_spec(packed),
         grad_divergence.contiguous(),
         None if grad_cross_entropy is None else grad_cross_entropy.contiguous(),
         side_needs(wanted),
@@ -113,6 +119,7 @@ linear_divergence_backward_op = torch.library.custom_op(
     backward,
     mutates_args=(),
     schema=f"({SIDES}, Tensor grad_divergence, Tensor? grad_cross_entropy, bool[] wanted, {OPTIONS}) -> Tensor[]",
+    tags=TAGS,
 )
 
 
@@ -121,64 +128,52 @@ def _(*arguments: Any) -> list[Tensor]:
     return gradients_like(arguments[:SIDES_LENGTH], arguments[SIDES_LENGTH + 2])
 
 
-def differentiable_values(sides: Arguments, spec: RowSpec) -> tuple[Tensor, Tensor | None]:
-    """The values through the reference, whose gradients can be differentiated again. Makes the logits whole."""
-    student, teacher = unpack(sides)
+def reference_values(
+    tensors: Sequence[Tensor | None], side_scales: tuple[float, float], spec: RowSpec
+) -> tuple[Tensor, Tensor]:
+    """``(divergence [N], cross_entropy [N] or [0])`` by the reference. Makes the logits whole."""
+    student, teacher = unpack((*tensors[:3], side_scales[0], *tensors[3:], side_scales[1]))
     student_logits, teacher_logits = reference.side_logits(student), reference.side_logits(teacher)
     divergence = reference.divergence(student_logits, teacher_logits, spec)
     if spec.labels is None:
-        return divergence, None
+        return divergence, divergence.new_empty(0)
     return divergence, reference.cross_entropy(student_logits, spec, divergence.dtype)
 
 
 def setup_rows(ctx: Any, inputs: Arguments, output: tuple[Tensor, Tensor]) -> None:
-    sides, (memory_budget, backend, *fields) = inputs[:SIDES_LENGTH], inputs[SIDES_LENGTH:]
-    spec = RowSpec(*fields)
+    sides, (memory_budget, backend, kind, *fields) = inputs[:SIDES_LENGTH], inputs[SIDES_LENGTH:]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        *(sides[place] for place in TENSORS),
-        spec.student_temperatures,
-        spec.teacher_temperatures,
-        spec.labels,
-        spec.active,
-    )
+    ctx.save_for_backward(*(sides[place] for place in TENSORS), *fields)
     ctx.scales = sides[3], sides[7]
-    ctx.options = memory_budget, backend
-    ctx.spec = spec._replace(student_temperatures=None, teacher_temperatures=None, labels=None, active=None)
+    ctx.options = memory_budget, backend, kind
 
 
 def backward_rows(ctx: Any, grad_divergence: Tensor | None, grad_cross_entropy: Tensor | None) -> Arguments:
-    *tensors, student_temperatures, teacher_temperatures, labels, active = ctx.saved_tensors
+    saved = ctx.saved_tensors
+    tensors, fields = saved[: len(TENSORS)], saved[len(TENSORS) :]
     sides = (*tensors[:3], ctx.scales[0], *tensors[3:], ctx.scales[1])
-    spec = ctx.spec._replace(
-        student_temperatures=student_temperatures,
-        teacher_temperatures=teacher_temperatures,
-        labels=labels,
-        active=active,
-    )
+    memory_budget, backend, kind = ctx.options
+    packed = kind, *fields
     wanted = [ctx.needs_input_grad[place] for place in TENSORS]
     if grad_divergence is None:
-        grad_divergence = torch.zeros_like(values_like(sides, spec)[0])
+        grad_divergence = torch.zeros_like(values_like(sides, packed)[0])
     gradients: list[Tensor | None]
     if torch.is_grad_enabled():
-        with torch.enable_grad():
-            divergence, cross_entropy = differentiable_values(sides, spec)
-            value = (grad_divergence * divergence).sum()
-            if cross_entropy is not None and grad_cross_entropy is not None:
-                value = value + (grad_cross_entropy * cross_entropy).sum()
-        gradients = selected_gradients(value, [*tensors], wanted)
+        spec = unpack_spec(packed)
+
+        def values(*tensors: Tensor | None) -> list[Tensor]:
+            found = reference_values(tensors, ctx.scales, spec)
+            return [value for value, factor in zip(found, upstream, strict=True) if factor is not None]
+
+        upstream = grad_divergence, grad_cross_entropy if has_labels(packed) else None
+        given = [factor for factor in upstream if factor is not None]
+        gradients = differentiable_gradients(values, tensors, wanted, given)
     else:
-        found = linear_divergence_backward_op(*sides, grad_divergence, grad_cross_entropy, wanted, *ctx.options, *spec)
+        found = linear_divergence_backward_op(
+            *sides, grad_divergence, grad_cross_entropy, wanted, memory_budget, backend, *packed
+        )
         gradients = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
     return *scattered(gradients), None, None, *spec_gradients()
-
-
-def selected_gradients(
-    value: Tensor, tensors: list[Tensor | None], wanted: list[bool], upstream: Tensor | None = None
-) -> list[Tensor | None]:
-    inputs = [tensor for tensor, want in zip(tensors, wanted, strict=True) if want and tensor is not None]
-    found = iter(torch.autograd.grad(value, inputs, upstream, create_graph=True, allow_unused=True))
-    return [next(found) if want else None for want in wanted]
 
 
 linear_divergence_op.register_autograd(backward_rows, setup_context=setup_rows)
@@ -193,7 +188,7 @@ class Rows(torch.autograd.Function):
 def rows(problem: Problem, memory_budget: int | None, backend: str) -> tuple[Tensor, Tensor]:
     """``(divergence [N], cross_entropy [N] or [0])``, differentiable."""
     sides = pack(problem)
-    arguments = (*sides, memory_budget, backend, *problem.spec)
+    arguments = (*sides, memory_budget, backend, *pack_spec(problem.spec))
     values: tuple[Tensor, Tensor]
     if traced(*(sides[place] for place in TENSORS)):
         values = linear_divergence_op(*arguments)
@@ -211,12 +206,12 @@ def weighted_sum(scales: tuple[Tensor, Tensor | None], divergence: Tensor, cross
 
 def forward_total(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     sides, rest = arguments[:SIDES_LENGTH], arguments[SIDES_LENGTH:]
-    divergence_scale, cross_entropy_scale, wanted, memory_budget, backend, *spec = rest
+    divergence_scale, cross_entropy_scale, wanted, memory_budget, backend, *packed = rest
     divergence_scale = divergence_scale.contiguous()
     cross_entropy_scale = None if cross_entropy_scale is None else cross_entropy_scale.contiguous()
     divergence, cross_entropy, *gradients = chunked_head.divergence_with_gradients(
         *unpack(sides),
-        RowSpec(*spec),
+        unpack_spec(packed),
         divergence_scale,
         cross_entropy_scale,
         side_needs(wanted),
@@ -233,13 +228,14 @@ linear_divergence_total_op = torch.library.custom_op(
     mutates_args=(),
     schema=f"({SIDES}, Tensor divergence_scale, Tensor? cross_entropy_scale, bool[] wanted, {OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor[])",
+    tags=TAGS,
 )
 
 
 @linear_divergence_total_op.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     sides = arguments[:SIDES_LENGTH]
-    values = values_like(sides, RowSpec(*arguments[SIDES_LENGTH + 5 :]))
+    values = values_like(sides, arguments[SIDES_LENGTH + 5 :])
     return values[0].new_empty(()), *values, gradients_like(sides, arguments[SIDES_LENGTH + 2])
 
 
@@ -295,18 +291,14 @@ class FusedTotal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> Arguments:
-        divergence_scale, cross_entropy_scale, *tensors = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad
         if torch.is_grad_enabled():
             _, _, spec, side_scales = ctx.options
-            sides = (*tensors[:3], side_scales[0], *tensors[3:], side_scales[1])
-            with torch.enable_grad():
-                divergence, cross_entropy = differentiable_values(sides, spec)
-                value = (divergence_scale * divergence).sum()
-                if cross_entropy is not None and cross_entropy_scale is not None:
-                    value = value + (cross_entropy_scale * cross_entropy).sum()
-            inputs = [divergence_scale, cross_entropy_scale, *tensors]
-            return None, *selected_gradients(value, inputs, list(needs[1:]), grad_total)
+
+            def value(*inputs: Any) -> list[Tensor]:
+                return [weighted_sum(inputs[:2], *reference_values(inputs[2:], side_scales, spec))]
+
+            return None, *differentiable_gradients(value, saved, needs[1:], [grad_total])
         divergence, cross_entropy = ctx.values
         return (
             None,
@@ -329,12 +321,12 @@ def total(problem: Problem, scales: Scales, memory_budget: int | None, backend: 
     value: Tensor
     if traced(*tensors):
         value = linear_divergence_total_op(
-            *sides, divergence_scale, cross_entropy_scale, wanted, memory_budget, backend, *spec
+            *sides, divergence_scale, cross_entropy_scale, wanted, memory_budget, backend, *pack_spec(spec)
         )[0]
     elif grad and (any(wanted) or divergence_scale.requires_grad):
         options = memory_budget, backend, spec, (sides[3], sides[7])
         value = FusedTotal.apply(options, divergence_scale, cross_entropy_scale, *tensors)  # type: ignore[no-untyped-call]
     else:
-        values = forward(*sides, memory_budget, backend, *spec)
+        values = chunked_head.divergence(*unpack(sides), spec, memory_budget, backend)
         value = weighted_sum((divergence_scale, cross_entropy_scale), *values)
     return value

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from kdkernels.arguments import Problem
 from kdkernels.backends import chunked_head
-from kdkernels.backends.rows import RowSpec, Side, compute_dtype
+from kdkernels.backends.rows import Side, compute_dtype
 from kdkernels.ops.eager import traced
-from kdkernels.ops.schema import SPEC
+from kdkernels.ops.schema import SPEC, TAGS, pack_spec, unpack_spec
 from kdkernels.statistics import TokenStatistics, empty_columns, from_columns
 
 __all__ = ["statistics"]
@@ -24,12 +24,14 @@ SCHEMA = (
 
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    sides, (memory_budget, backend, *spec) = arguments[:8], arguments[8:]
+    sides, (memory_budget, backend, *packed) = arguments[:8], arguments[8:]
     teacher = None if sides[4] is None else Side(*sides[4:])
-    return chunked_head.statistics(Side(*sides[:4]), teacher, RowSpec(*spec), memory_budget, backend)
+    return chunked_head.statistics(Side(*sides[:4]), teacher, unpack_spec(packed), memory_budget, backend)
 
 
-token_statistics_op = torch.library.custom_op("kdkernels::token_statistics", forward, mutates_args=(), schema=SCHEMA)
+token_statistics_op = torch.library.custom_op(
+    "kdkernels::token_statistics", forward, mutates_args=(), schema=SCHEMA, tags=TAGS
+)
 
 
 @token_statistics_op.register_fake
@@ -42,7 +44,7 @@ def statistics(problem: Problem, memory_budget: int | None, backend: str) -> Tok
     """The statistics of a checked problem."""
     teacher = problem.teacher
     teacher_arguments = (None, None, None, 1.0) if teacher is None else teacher[:4]
-    arguments = (*problem.student[:4], *teacher_arguments, memory_budget, backend, *problem.spec)
+    arguments = (*problem.student[:4], *teacher_arguments, memory_budget, backend, *pack_spec(problem.spec))
     tensors = (problem.student.tensor, None if teacher is None else teacher.tensor)
     call = token_statistics_op if traced(*tensors) else forward
     values, argmax = call(*arguments)

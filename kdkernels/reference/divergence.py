@@ -57,7 +57,7 @@ def loss(problem: arguments.Problem, total: arguments.Total) -> Tensor:
     device = problem.student.tensor.device.type
     # Autocast would undo the float32 of log_softmax's neighbours; the head's dtype is settled already.
     with autocast_disabled(device):
-        student, teacher = rows.side_logits(problem.student), rows.side_logits(problem.teacher)
+        student, teacher = (rows.side_logits(side, problem.spec.active) for side in (problem.student, problem.teacher))
         values = rows.divergence(student, teacher, problem.spec) * total.divergence_scale
         if problem.spec.labels is not None:
             values = values + total.cross_entropy_scale * rows.cross_entropy(student, problem.spec, problem.dtype)

@@ -20,11 +20,12 @@ LOG_SATURATION = 60.0
 """The largest exponent in the alpha divergence, which is unbounded for alpha outside [0, 1]."""
 
 
-def side_logits(side: Side) -> Tensor:
-    """The logits ``[N, V]`` of a side before its softcap, in the dtype of its tensor."""
+def side_logits(side: Side, active: Tensor | None = None) -> Tensor:
+    """The logits ``[N, V]`` of a side before its softcap, in the dtype of its tensor; of zeros where not active."""
+    tensor = side.tensor if active is None else blank_inactive(side.tensor, active)
     if side.weight is None:
-        return side.tensor
-    logits = functional.linear(side.tensor, side.weight, side.bias)
+        return tensor
+    logits = functional.linear(tensor, side.weight, side.bias)
     return logits if side.scale == 1 else logits * side.scale
 
 

@@ -25,6 +25,8 @@ class Inputs(NamedTuple):
 
     leaves: dict[str, Tensor]
     """What gradients are wanted of, by name."""
+    polluted: dict[str, Tensor]
+    """The same, but with NaN at the tokens that do not count."""
     sources: Callable[[dict[str, Tensor]], tuple[Source, Source]]
     """Student and teacher, made from such leaves."""
     options: dict[str, Any]
@@ -44,6 +46,8 @@ class Case:
     rows: int = 6
     spread: float = 2.0
     """Standard deviation of the logits."""
+    term_size: float = 0.0
+    """Size of the terms that cancel in the gradient, where it is larger than the gradient: errors are measured by it."""
     masked_columns: bool = False
     """A third of the vocabulary is -inf in both."""
     masked_rows: bool = False
@@ -69,8 +73,6 @@ class Case:
             logits = random.normal(self.vocab + padding if self.padded else self.vocab, self.spread)
             if self.masked_columns:
                 logits[..., 1 : self.vocab : 3] = -torch.inf
-            if self.masked_rows:
-                logits[~random.mask] = torch.nan
             leaves[name] = logits.to(self.teacher_dtype if name == "teacher" and self.teacher_dtype else dtype)
 
         def sources(leaves: dict[str, Tensor]) -> tuple[Source, Source]:
@@ -84,8 +86,6 @@ class Case:
         leaves = {}
         for name, hidden in HIDDEN.items():
             leaves[f"{name} hidden"] = random.normal(hidden, 1.0)
-            if self.masked_rows:
-                leaves[f"{name} hidden"][~random.mask] = torch.nan
             leaves[f"{name} weight"] = random.matrix(self.vocab, hidden, self.spread * hidden**-0.5)
             if self.bias:
                 leaves[f"{name} bias"] = random.matrix(1, self.vocab, 1.0).squeeze(0)
@@ -127,7 +127,16 @@ class Case:
             loss_options["ce_weight"] = 0.5
         if self.padded:
             options["vocab_size"] = self.vocab
-        return Inputs(leaves, sources, options, loss_options, random.positive())
+        return Inputs(leaves, self.polluted(leaves, random.mask), sources, options, loss_options, random.positive())
+
+    def polluted(self, leaves: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+        if not self.masked_rows:
+            return leaves
+        elsewhere = ~mask.unsqueeze(-1)
+        return {
+            name: leaf.masked_fill(elsewhere, torch.nan) if leaf.shape[:-1] == mask.shape else leaf
+            for name, leaf in leaves.items()
+        }
 
 
 class Random:
@@ -168,7 +177,7 @@ def logit_cases(vocabularies: Sequence[int]) -> list[Case]:
         Case("masked tokens holding NaN", middle, masked_rows=True),
         Case("labels", large, labels=True, temperature=1.5),
         Case("padded vocabularies", middle, padded=True, masked_columns=True),
-        Case("logits of hundreds", large, spread=200.0),
+        Case("logits of hundreds", large, spread=200.0, term_size=200.0),
         Case("all at once", middle, masked_columns=True, masked_rows=True, per_token=True, padded=True),
         Case("float32 teacher", middle, teacher_dtype=torch.float32),
     ]

@@ -129,7 +129,7 @@ def compile_case(case: Case) -> Compiled:
     return Compiled(**found, **wanted)
 
 
-def _read_cuda(asm: dict[str, Any]) -> dict[str, int | None]:
+def _read_cuda(asm: dict[str, Any]) -> dict[str, Any]:
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -160,7 +160,7 @@ def _in_loops(ptx: str, instruction: str) -> int:
     return sum(instruction in lines[number] for number in inside)
 
 
-def _read_hip(asm: dict[str, Any]) -> dict[str, int | None]:
+def _read_hip(asm: dict[str, Any]) -> dict[str, Any]:
     text = asm["amdgcn"]
 
     def number(key: str) -> int:

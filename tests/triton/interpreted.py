@@ -64,10 +64,10 @@ def divergence(
         rows, vocab_size = logits.shape
         return torch.full((rows, vocab_size + padding), UNTOUCHED, dtype=logits.dtype)
 
-    buffers = [buffer(logits, wanted) for logits, wanted in zip((student, teacher), grads, strict=True)]
-    views = [None if each is None else each[:, : student.shape[1]] for each in buffers]
+    to_student, to_teacher = buffer(student, grads[0]), buffer(teacher, grads[1])
+    views = [None if each is None else each[:, : student.shape[1]] for each in (to_student, to_teacher)]
     values = backend.divergence_fused(student, teacher, spec, grad_divergence, grad_cross_entropy, *views)
-    return (*values, *buffers)
+    return *values, to_student, to_teacher
 
 
 def token_statistics(student: Tensor, teacher: Tensor | None, spec: RowSpec) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Processes in which Triton interprets its kernels, and others in which it compiles them: it decides when it is imported."""
+"""Processes in which Triton interprets its kernels, or compiles them: it decides when it is imported."""
 
 from __future__ import annotations
 

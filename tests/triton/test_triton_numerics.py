@@ -34,6 +34,7 @@ PARAMETERS = {JEFFREYS: (0.3, 0.0), JSD: (0.3, 0.0), SKEW_FORWARD_KL: (0.1, 0.0)
 PARAMETERS |= {ALPHA: (0.3, 1 / (0.3 * 0.7)), RENYI: (0.6, 0.0), AB: (0.4, 0.7)}
 UNBOUNDED = [(ALPHA, 1.7, 1 / (1.7 * -0.7)), (ALPHA, -0.4, 1 / (-0.4 * 1.4)), (RENYI, 2.5, 0.0), (ALPHA, 0.5, 1.0)]
 FLOOR = -1e5
+LEAST = torch.finfo(torch.float32).min
 TINY = {torch.float32: 2e-6, torch.float64: 1e-14}
 
 Interpreter = Callable[..., Any]
@@ -58,8 +59,8 @@ def tempered(logits: Tensor, temperature: float, temperatures: Tensor | None, so
     return logits, torch.log_softmax(logits / tau, -1)
 
 
-def plain_values(student: Tensor, teacher: Tensor, spec: RowSpec) -> tuple[Tensor, Tensor | None]:
-    """(divergence [N], cross-entropy [N]) by the definitions, in the dtype of the logits."""
+def plain_values(student: Tensor, teacher: Tensor, spec: RowSpec) -> tuple[Tensor, Tensor]:
+    """(divergence [N], cross-entropy [N] or [0]) by the definitions, in the dtype of the logits."""
     kind, a, b = spec.kind, spec.a, spec.b
     s, lq = tempered(student, spec.student_temperature, spec.student_temperatures, spec.student_softcap)
     _, lp = tempered(teacher, spec.teacher_temperature, spec.teacher_temperatures, spec.teacher_softcap)
@@ -95,21 +96,20 @@ def plain_values(student: Tensor, teacher: Tensor, spec: RowSpec) -> tuple[Tenso
         powers = (a * lp + b * lq).exp() - a / (a + b) * ((a + b) * lp).exp() - b / (a + b) * ((a + b) * lq).exp()
         value = -powers.sum(-1) / (a * b)
     if spec.labels is None:
-        return value, None
+        return value, value.new_empty(0)
     return value, torch.nn.functional.cross_entropy(s, spec.labels, reduction="none")
 
 
 def plain(
     student: Tensor, teacher: Tensor, spec: RowSpec, upstream: Tensor, hard_upstream: Tensor | None, dtype: torch.dtype
-) -> list[Tensor | None]:
+) -> list[Tensor]:
     """[divergence, cross_entropy, grad_student, grad_teacher] by autograd, computed in `dtype`."""
     s, t = (logits.detach().to(dtype, copy=True).requires_grad_() for logits in (student, teacher))
     value, hard = plain_values(s, t, spec)
     total = (value * upstream.to(dtype)).sum()
-    if hard is not None and hard_upstream is not None:
+    if hard_upstream is not None:
         total = total + (hard * hard_upstream.to(dtype)).sum()
-    total.backward()
-    return [value.detach(), None if hard is None else hard.detach(), s.grad, t.grad]
+    return [value.detach(), hard.detach(), *torch.autograd.grad(total, [s, t])]
 
 
 def no_worse(ours: Tensor, torchs: Tensor, truth: Tensor, compute: torch.dtype, scale: Tensor) -> bool:
@@ -151,12 +151,15 @@ def check(
         assert bool((outside == interpreted.UNTOUCHED).all())
         rounded = torchs[side].to(logits.dtype)
         size = upstream.abs() * truth[0].abs().clamp(1) + hard_size
-        arguments = (rounded, truth[side], compute, size)
-        assert no_worse(gradient, *arguments), f"gradient {gradient}, truth {truth[side]}"
+
+        def right(candidate: Tensor, theirs: Tensor = rounded, true: Tensor = truth[side], size: Tensor = size) -> bool:
+            return no_worse(candidate, theirs, true, compute, size)
+
+        assert right(gradient), f"gradient {gradient}, truth {truth[side]}"
         if informative:
-            assert not no_worse(torch.zeros_like(gradient), *arguments)
-            assert not no_worse(-gradient, *arguments)
-            assert not no_worse(gradient * 1.02, *arguments)
+            assert not right(torch.zeros_like(gradient))
+            assert not right(-gradient)
+            assert not right(gradient * 1.02)
 
 
 def random_pair(rows: int, vocab_size: int, dtype: torch.dtype, stride: int | None = None) -> tuple[Tensor, Tensor]:
@@ -228,8 +231,9 @@ def hard_pairs() -> dict[str, tuple[Tensor, Tensor]]:
         "student masked": (base.masked_fill(columns < 70, infinite), other),
         "teacher masked": (base, other.masked_fill(columns < 70, infinite)),
         "masked differently": (base.masked_fill(columns < 70, infinite), other.masked_fill(columns > 60, infinite)),
-        "masked alike by finfo.min": tuple(
-            x.masked_fill(columns % 3 == 0, torch.finfo(x.dtype).min) for x in (base, other)
+        "masked alike by finfo.min": (
+            base.masked_fill(columns % 3 == 0, LEAST),
+            other.masked_fill(columns % 3 == 0, LEAST),
         ),
         "constant": (torch.full_like(base, 2.5), other),
         "both constant": (torch.full_like(base, -1e4), torch.full_like(base, 1e4)),

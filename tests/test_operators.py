@@ -1,0 +1,312 @@
+"""The operators as torch sees them: registered consistently, and part of compiled graphs that equal eager mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pairs
+import pytest
+import torch
+from pairs import Tensors, each_pairing
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+import kdkernels as kd
+
+OPERATORS = {
+    "divergence",
+    "divergence_backward",
+    "divergence_total",
+    "linear_divergence",
+    "linear_divergence_backward",
+    "linear_divergence_total",
+    "token_statistics",
+}
+
+Call = tuple[Any, tuple[Any, ...]]
+
+
+class DispatchedCalls(TorchDispatchMode):
+    """Records the calls of our operators that autograd makes, without a gradient of their own."""
+
+    def __init__(self, calls: list[Call]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "kdkernels" and function._opname.endswith("_backward"):
+            self.calls.append((function, tree_map_only(Tensor, Tensor.detach, args)))
+        return function(*args, **(kwargs or {}))
+
+
+class PublicCalls(TorchFunctionMode):
+    """Records the calls of our operators that public functions make, with arguments that still require grad."""
+
+    def __init__(self, calls: list[Call]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(function, torch._ops.OpOverload) and function.namespace == "kdkernels":
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+def recorded(function: Callable[[], Any]) -> list[Call]:
+    calls: list[Call] = []
+    with PublicCalls(calls), DispatchedCalls(calls):
+        function()
+    return calls
+
+
+def loss(tensors: Tensors, divergence: kd.Divergence = kd.JSD(0.3), **options: Any) -> Tensor:  # noqa: B008
+    return kd.distillation_loss(*pairs.sources(tensors), divergence, **options)
+
+
+def every_call(pairing: str, option: str, leaves: str) -> list[Call]:
+    """The operators behind a loss and its backward; ``leaves`` is part of the names of what requires grad."""
+    tensors = pairs.make(pairing, grad=False)
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(leaves in name)
+    calls = recorded(lambda: loss(tensors, **pairs.OPTIONS[option]()).sum().backward())
+    assert calls
+    return calls
+
+
+CHECKED = [
+    ("logits-logits", "plain", ""),
+    ("logits-logits", "everything", "student"),
+    ("logits-logits", "none", "teacher"),
+    ("logits-logits", "labels-none", ""),
+    ("head-head", "plain", ""),
+    ("head-head", "everything", "weight"),
+    ("head-logits", "labels-none", "student"),
+    ("logits-head", "none", ""),
+]
+FAST = CHECKED[:1] + CHECKED[4:5]
+
+
+@pytest.mark.parametrize(
+    ("pairing", "option", "leaves"),
+    [pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow) for case in CHECKED],
+    ids=["-".join(filter(None, case)) for case in CHECKED],
+)
+def test_opcheck_of_the_loss(pairing: str, option: str, leaves: str) -> None:
+    for operator, arguments in every_call(pairing, option, leaves):
+        torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["plain", "labels-without-ce", "teacher-temperatures"])
+@pytest.mark.parametrize("pairing", ["logits-logits", "logits-head"])
+def test_opcheck_of_token_statistics(pairing: str, option: str) -> None:
+    for operator, arguments in statistics_calls(pairing, option):
+        torch.library.opcheck(operator, arguments)
+
+
+def statistics_calls(pairing: str, option: str) -> list[Call]:
+    tensors = pairs.make(pairing, grad=False)
+    return recorded(lambda: kd.token_statistics(*pairs.sources(tensors), **pairs.OPTIONS[option]()))
+
+
+def test_every_operator_is_reached_by_the_public_functions() -> None:
+    calls = [call for case in CHECKED for call in every_call(*case)] + statistics_calls("head-logits", "plain")
+    assert {operator._opname for operator, _ in calls} == OPERATORS
+    assert {name.partition("::")[2] for name in registered_operators()} == OPERATORS
+
+
+def registered_operators() -> Iterator[str]:
+    return (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("kdkernels::"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(function: Callable[..., Any], backend: str = "aot_eager", **options: Any) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, backend=backend, **options)
+
+
+def graphs() -> int:
+    """How many graphs were compiled since the test began."""
+    return int(counters["stats"]["unique_graphs"])
+
+
+def check_compiled(
+    function: Callable[..., Tensor], tensors: Tensors, *arguments: Any, backend: str = "aot_eager"
+) -> None:
+    """``function(tensors, *arguments)`` and its gradients, compiled and in eager mode."""
+    fast = compiled(function, backend)
+    results = [
+        pairs.value_and_gradients(lambda given, call=call: call(given, *arguments), tensors, factor=1.7)
+        for call in (fast, function)
+    ]
+    assert graphs() == 1
+    torch.testing.assert_close(*results)
+
+
+@each_pairing
+def test_compiled_loss(pairing: str) -> None:
+    check_compiled(loss, pairs.make(pairing))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", [name for name in pairs.OPTIONS if name != "plain"])
+@pytest.mark.parametrize("pairing", ["logits-logits", "head-head"])
+def test_compiled_loss_with(pairing: str, option: str) -> None:
+    options = pairs.OPTIONS[option]()
+    check_compiled(lambda tensors, given: loss(tensors, kd.SkewForwardKL(0.2), **given), pairs.make(pairing), options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("pairing", "option"), [("logits-logits", "everything"), ("head-head", "labels-none")])
+def test_inductor(pairing: str, option: str) -> None:
+    """With inductor, between other layers, as in a training step."""
+    options = pairs.OPTIONS[option]()
+
+    def step(tensors: Tensors) -> Tensor:
+        scaled = {name: torch.tanh(tensor) * 2 for name, tensor in tensors.items()}
+        return loss(scaled, **options) + sum(tensor.square().mean() for tensor in tensors.values())
+
+    check_compiled(step, pairs.make(pairing), backend="inductor")
+
+
+DIVERGENCES: dict[str, Callable[[], kd.Divergence]] = {
+    "forward_kl": kd.ForwardKL,
+    "jsd": lambda: kd.JSD(0.4),
+    "alpha": lambda: kd.AlphaDivergence(0.3),
+    "ab": lambda: kd.ABDivergence(0.4, 0.7),
+    "hellinger": kd.Hellinger,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_divergence_made_inside(name: str) -> None:
+    check_compiled(lambda tensors: loss(tensors, DIVERGENCES[name]()), pairs.make("logits-logits"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_divergence_made_outside(name: str) -> None:
+    check_compiled(loss, pairs.make("logits-logits"), DIVERGENCES[name]())
+
+
+@pytest.mark.slow
+def test_sources_made_outside() -> None:
+    student, teacher = pairs.sources(pairs.make("head-head"), softcap=5.0, logit_scale=0.5)
+    expected = kd.distillation_loss(student, teacher)
+    torch.testing.assert_close(compiled(kd.distillation_loss)(student, teacher), expected)
+    logits = kd.Logits(torch.randn(4, pairs.VOCAB))
+    torch.testing.assert_close(compiled(kd.distillation_loss)(logits, logits.tensor + 1), torch.tensor(0.0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["plain", "labels-without-ce"])
+@each_pairing
+def test_compiled_statistics(pairing: str, option: str) -> None:
+    tensors, options = pairs.make(pairing), pairs.OPTIONS[option]()
+
+    def statistics(tensors: Tensors) -> kd.TokenStatistics:
+        return kd.token_statistics(*pairs.sources(tensors), **options)
+
+    torch.testing.assert_close(compiled(statistics)(tensors), statistics(tensors))
+    assert graphs() == 1
+
+
+@pytest.mark.slow
+def test_compiled_without_gradient() -> None:
+    tensors = pairs.make("head-head")
+    with torch.no_grad():
+        value = compiled(loss)(tensors)
+        torch.testing.assert_close(value, loss(tensors))
+    assert not value.requires_grad
+
+
+@pytest.mark.slow
+def test_compiled_under_autocast() -> None:
+    def autocast_loss(tensors: Tensors) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss(tensors)
+
+    check_compiled(autocast_loss, pairs.make("head-head"))
+
+
+LABELS, WEIGHT = pairs.some_labels(), pairs.per_token(0.1, 2.0)
+
+CHANGING: dict[str, Callable[[Tensors, float], Tensor]] = {
+    "beta": lambda tensors, x: loss(tensors, kd.JSD(x)),
+    "alpha": lambda tensors, x: loss(tensors, kd.AlphaDivergence(x)),
+    "temperature": lambda tensors, x: loss(tensors, temperature=1 + x, temperature_squared=True),
+    "temperature-none": lambda tensors, x: loss(tensors, temperature=1 + x, temperature_squared=True, reduction="none"),
+    "teacher_temperature": lambda tensors, x: loss(tensors, teacher_temperature=1 + x),
+    "ce_weight": lambda tensors, x: loss(tensors, labels=LABELS, ce_weight=x),
+    "normalizer": lambda tensors, x: loss(tensors, normalizer=10 * x),
+    "normalizer-weight": lambda tensors, x: loss(tensors, normalizer=10 * x, weight=WEIGHT),
+}
+
+
+@pytest.mark.parametrize(
+    ("pairing", "name"),
+    [
+        pytest.param(pairing, name, marks=[] if (pairing, name) == ("logits-logits", "beta") else pytest.mark.slow)
+        for pairing in ("logits-logits", "head-head")
+        for name in CHANGING
+    ],
+)
+def test_changing_number_does_not_recompile(pairing: str, name: str) -> None:
+    """The second value may make the number variable; after that the graph stays."""
+    tensors, step = pairs.make(pairing), CHANGING[name]
+    fast = compiled(step)
+    for number in (0.3, 0.35, 0.4, 0.45, 0.5):
+        results = [
+            pairs.value_and_gradients(lambda given, call=call, number=number: call(given, number), tensors)
+            for call in (fast, step)
+        ]
+        torch.testing.assert_close(*results)
+    assert graphs() <= 2
+
+
+@pytest.mark.slow
+def test_changing_divergence_does_not_recompile() -> None:
+    """Made outside, as a training loop that anneals beta does."""
+    tensors, fast = pairs.make("logits-logits"), compiled(loss)
+    for beta in (0.3, 0.35, 0.4, 0.45, 0.5):
+        torch.testing.assert_close(fast(tensors, kd.JSD(beta)), loss(tensors, kd.JSD(beta)))
+    assert graphs() <= 2
+
+
+@pytest.mark.slow
+def test_changing_number_of_tokens_does_not_recompile_with_an_integer_normalizer() -> None:
+    tensors = pairs.make("logits-logits")
+
+    def step(tensors: Tensors, count: int) -> Tensor:
+        return loss(tensors, normalizer=count)
+
+    fast = compiled(step)
+    for count in (11, 12, 13, 14, 15):
+        torch.testing.assert_close(fast(tensors, count), step(tensors, count))
+    assert graphs() <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@each_pairing
+def test_changing_batch_does_not_recompile(pairing: str, reduction: str) -> None:
+    fast = compiled(lambda tensors: loss(tensors, reduction=reduction))
+    for size in (3, 5, 8, 13):
+        tensors = pairs.make(pairing, batch=(size, 4), seed=size)
+        results = [
+            pairs.value_and_gradients(call, tensors)
+            for call in (fast, lambda tensors: loss(tensors, reduction=reduction))
+        ]
+        torch.testing.assert_close(*results)
+    assert graphs() <= 2
