@@ -127,8 +127,9 @@ def run(settings: RunSettings) -> int:
         results.interrupted = True
     except FloatingPointError as error:
         failure = str(error)
-    results.run_seconds = time.perf_counter() - start
-    files = save(results, settings.out)
+    finally:  # whatever went wrong, what was reached is kept
+        results.run_seconds = time.perf_counter() - start
+        files = save(results, settings.out)
     show(results, files, console)
     console.print(f"{'Interrupted' if results.interrupted else 'Finished'} after {results.run_seconds:.0f} s.")
     if failure is not None:

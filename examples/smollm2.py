@@ -106,8 +106,10 @@ def cut_student(teacher: torch.nn.Module, layers: Iterable[int]) -> torch.nn.Mod
 
 def read_documents() -> dict[str, str]:
     """The topics of Python's language reference, as ``help()`` shows them, by name."""
-    from pydoc_data import topics
-
+    try:
+        from pydoc_data import topics
+    except ImportError as error:
+        raise MissingRequirementError("this Python comes without pydoc_data, whose text the example reads") from error
     return {name: text for name, text in sorted(topics.topics.items()) if isinstance(text, str)}
 
 

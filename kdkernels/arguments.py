@@ -19,6 +19,7 @@ from kdkernels.backends.rows import RowSpec, Side
 from kdkernels.checks import LOGIT_DTYPES, check_flag, check_floating, check_integer, check_real
 from kdkernels.divergences import Divergence, Form
 from kdkernels.sources import LMHead, Logits, Source
+from kdkernels.transforms import values_are_known
 
 __all__ = ["Problem", "Total", "check_memory_budget", "debug", "prepare_loss", "prepare_statistics"]
 
@@ -67,8 +68,8 @@ class Total(NamedTuple):
 
 
 def values_are_checked(tensor: Tensor) -> bool:
-    """Whether looking at values costs nothing much: never while a graph is captured."""
-    return (tensor.device.type == "cpu" or debugging) and not torch.compiler.is_compiling()
+    """Whether looking at values is possible and costs nothing much."""
+    return (tensor.device.type == "cpu" or debugging) and values_are_known()
 
 
 def side(name: str, source: Source, vocab_size: int | None) -> tuple[Side, torch.Size, int]:

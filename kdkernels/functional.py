@@ -18,6 +18,7 @@ from kdkernels.reference import divergence as divergence_reference
 from kdkernels.reference.token_statistics import statistics as reference_statistics
 from kdkernels.sources import Source
 from kdkernels.statistics import TokenStatistics
+from kdkernels.transforms import transformed
 
 __all__ = ["distillation_loss", "token_statistics"]
 
@@ -69,7 +70,8 @@ def distillation_loss(
         memory_budget: bytes for the temporary logits of LMHead sources; None: 160 MiB on the CPU, 1 GiB on a GPU.
         gradient_tolerance: only 0, the exact gradient.
         process_group: only None, an unsharded vocabulary.
-        backend: "reference", "cpu" or "triton"; None takes the best available.
+        backend: "reference", "cpu" or "triton"; None takes the best available, and in ``torch.func`` transformations and
+            forward-mode differentiation the reference.
 
     Returns:
         A 0-d tensor, or ``[...]`` without reduction: float32, or float64 if a side is float64.
@@ -77,7 +79,7 @@ def distillation_loss(
     Raises:
         TypeError, ValueError: an argument is refused; the text names it.
         RuntimeError: the backend asked for is not available here.
-        NotImplementedError: ``gradient_tolerance`` or ``process_group``.
+        NotImplementedError: ``gradient_tolerance``, ``process_group``, or a backend in a function transformation.
     """
     if check_real("gradient_tolerance", gradient_tolerance) != 0:
         raise NotImplementedError(f"gradient_tolerance must be 0, the exact gradient, got {gradient_tolerance!r}")
@@ -103,7 +105,7 @@ def distillation_loss(
         vocab_size=vocab_size,
     )
     device = problem.student.tensor.device.type
-    backend = select_backend(backend, device)
+    backend = backend_for(backend, device)
     if backend == "reference":
         return divergence_reference.loss(problem, total)
     assert problem.teacher is not None
@@ -115,6 +117,19 @@ def distillation_loss(
         with autocast_disabled(device):
             return fused_loss(problem, total, linear, half, memory_budget, backend)
     return fused_loss(problem, total, linear, half, memory_budget, backend)
+
+
+def backend_for(requested: str | None, device: str) -> str:
+    """The backend requested or, without a request, the best; in function transformations only the reference works."""
+    name: str = select_backend(requested, device)
+    if name == "reference" or torch.compiler.is_compiling() or not transformed():
+        return name
+    if requested is not None:
+        raise NotImplementedError(
+            f"backend={requested!r} does not work in torch.func transformations and forward-mode differentiation; "
+            "leave it at None, which takes the reference there"
+        )
+    return "reference"
 
 
 def fused_loss(
@@ -192,7 +207,7 @@ def token_statistics(
         teacher_temperature=teacher_temperature,
         vocab_size=vocab_size,
     )
-    backend = select_backend(backend, problem.student.tensor.device.type)
+    backend = backend_for(backend, problem.student.tensor.device.type)
     with torch.no_grad():
         if backend == "reference":
             return reference_statistics(problem)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kdkernels.arguments import Problem, Total
 from kdkernels.backends.rows import Scales
+from kdkernels.transforms import values_are_known
 
 __all__ = ["reduce_rows", "row_scales"]
 
@@ -34,7 +35,7 @@ def reciprocal(problem: Problem, total: Total) -> float | Tensor:
     elif active is None:
         rows = problem.student.tensor.shape[0]
         return 1.0 / rows if rows else 0.0
-    elif active.device.type == "cpu" and not torch.compiler.is_compiling():
+    elif active.device.type == "cpu" and values_are_known():
         return 1.0 / max(1, int(active.sum()))
     else:
         count = active.sum(dtype=problem.dtype)

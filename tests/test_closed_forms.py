@@ -155,19 +155,26 @@ def test_limits(close: kd.Divergence, factor: float, limit: kd.Divergence, toler
         torch.testing.assert_close(mine, other, rtol=0, atol=tolerance * other.abs().max().item())
 
 
-@pytest.mark.parametrize(
-    "divergence", [kd.SkewForwardKL, kd.SkewReverseKL], ids=["skew_forward_kl", "skew_reverse_kl"]
-)
+@pytest.mark.parametrize("divergence", [kd.SkewForwardKL, kd.SkewReverseKL], ids=["skew_forward_kl", "skew_reverse_kl"])
 def test_skew_vanishes_towards_one(divergence: type[kd.SkewForwardKL | kd.SkewReverseKL]) -> None:
     """The mixture becomes the first argument: the divergence falls as ``(1 - alpha)^2 / 2 chi^2``."""
     student, teacher = log(Q), log(P)
-    chi_squared = ((student.exp() - teacher.exp()) ** 2 / (teacher if divergence is kd.SkewForwardKL else student).exp()).sum()
+    chi_squared = (
+        (student.exp() - teacher.exp()) ** 2 / (teacher if divergence is kd.SkewForwardKL else student).exp()
+    ).sum()
     rest = 1e-4
     value = of(student, teacher, divergence(1 - rest))
     assert value.item() == pytest.approx(0.5 * rest**2 * chi_squared.item(), rel=1e-3)
 
 
-SYMMETRIC = [kd.JSD(0.5), kd.TVD(), kd.Hellinger(), kd.Jeffreys(0.5), kd.ABDivergence(0.6, 0.6), kd.AlphaDivergence(0.5)]
+SYMMETRIC = [
+    kd.JSD(0.5),
+    kd.TVD(),
+    kd.Hellinger(),
+    kd.Jeffreys(0.5),
+    kd.ABDivergence(0.6, 0.6),
+    kd.AlphaDivergence(0.5),
+]
 MIRRORED = [
     (kd.ForwardKL(), kd.ReverseKL(), 1.0),
     (kd.JSD(0.2), kd.JSD(0.8), 1.0),
@@ -210,11 +217,11 @@ def logits(size: int) -> st.SearchStrategy[list[float]]:
     return st.lists(st.floats(-60, 60, width=32), min_size=size, max_size=size)
 
 
-pairs = st.integers(1, 40).flatmap(lambda size: st.tuples(logits(size), logits(size)))
+pairs = st.integers(1, 20).flatmap(lambda size: st.tuples(logits(size), logits(size)))
 BOUNDS: dict[str, float] = {"tvd": 1.0, "hellinger": 1.0, "jsd(0.5)": LN2, "jsd(0.1)": LN2, "alpha(0.3)": 1 / 0.21}
 
 
-@each(EVERY_DIVERGENCE + OTHER_PARAMETERS)
+@each(EVERY_DIVERGENCE, slow=OTHER_PARAMETERS)
 @given(pair=pairs)
 def test_never_negative_and_never_above_its_bound(case: Case, pair: tuple[list[float], list[float]]) -> None:
     student, teacher = (torch.tensor(side) for side in pair)
@@ -224,6 +231,7 @@ def test_never_negative_and_never_above_its_bound(case: Case, pair: tuple[list[f
     assert value <= BOUNDS.get(case.name, math.inf) + rounding
 
 
+@pytest.mark.slow
 @each_divergence
 @given(pair=pairs, shift=st.floats(-100, 100, width=32), temperature=st.floats(0.2, 5))
 def test_only_differences_of_logits_matter(

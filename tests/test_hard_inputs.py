@@ -91,7 +91,7 @@ NAMES = ("value", "student's gradient", "teacher's gradient")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
-@each(EVERY_DIVERGENCE + OTHER_PARAMETERS)
+@each(EVERY_DIVERGENCE, slow=OTHER_PARAMETERS)
 def test_finite_and_right(case: Case, dtype: torch.dtype) -> None:
     student, teacher = hard_rows(dtype)
     ours = value_and_gradients(case, student, teacher)
@@ -106,7 +106,7 @@ def test_finite_and_right(case: Case, dtype: torch.dtype) -> None:
     for row, hard in enumerate(HARD):
         one = slice(row, row + 1)
         # Where a power overflows, the library saturates and the formula does not.
-        if not all(bool(each[one].isfinite().all()) for each in (*plain, *truth)) or truth.value[row].abs() > 1e20:
+        if not all(bool(result[one].isfinite().all()) for result in (*plain, *truth)) or truth.value[row].abs() > 1e20:
             assert case.factor != 1, f"{hard}: plain PyTorch is at its end"
             continue
         sizes = (truth.value_size, truth.gradient_size, truth.gradient_size)
@@ -129,7 +129,7 @@ def test_masked_vocabulary_is_vocabulary_left_out(case: Case, fill: float) -> No
     student, teacher = random_logits(VOCAB)
     ours = value_and_gradients(case, student.masked_fill(THIRDS, fill), teacher.masked_fill(THIRDS, fill))
     without = value_and_gradients(case, student[:, ~THIRDS], teacher[:, ~THIRDS])
-    for mine, other in zip([ours[0], *(each[:, ~THIRDS] for each in ours[1:])], without, strict=True):
+    for mine, other in zip([ours[0], *(gradient[:, ~THIRDS] for gradient in ours[1:])], without, strict=True):
         torch.testing.assert_close(mine, other, rtol=2e-5, atol=1e-6 * case.factor)
 
 
@@ -145,7 +145,7 @@ def test_alpha_outside_the_unit_interval_saturates(case: Case) -> None:
     [(1e-3, 1e-3), (1e4, 1e4), (1e-3, 1e4), (1e4, 1e-3), (100.0, 1.0)],
     ids=lambda value: f"{value:g}",
 )
-@each(EVERY_DIVERGENCE + OTHER_PARAMETERS)
+@each(EVERY_DIVERGENCE, slow=OTHER_PARAMETERS)
 def test_extreme_temperatures(case: Case, temperature: float, teacher_temperature: float) -> None:
     student, teacher = hard_rows(torch.float32)
     options = {"temperature": temperature, "teacher_temperature": teacher_temperature}
@@ -158,7 +158,7 @@ def test_extreme_temperatures(case: Case, temperature: float, teacher_temperatur
     upstream = torch.ones(3)
     truth = evaluate(case, student, teacher, upstream, torch.float64, **options)
     plain = evaluate(case, student, teacher, upstream, torch.float32, **options)
-    if not all(bool(each.isfinite().all()) for each in plain) or bool((truth.value > 1e20).any()):
+    if not all(bool(result.isfinite().all()) for result in plain) or bool((truth.value > 1e20).any()):
         return
     ours = value_and_gradients(case, student, teacher, **options)
     scales = (1.0, 1 / temperature, 1 / teacher_temperature)
@@ -166,11 +166,13 @@ def test_extreme_temperatures(case: Case, temperature: float, teacher_temperatur
     for name, mine, near, exact, size, scale in zip(NAMES, ours, plain[:3], truth[:3], sizes, scales, strict=True):
         if case.name == "tvd" and name != "value" and min(temperature, teacher_temperature) == 1e4:
             continue  # p and q agree to a few roundings, on which the sign of p - q depends
-        check(name, mine, near, exact, size * max(1.0, scale))
+        # Exponents in the thousands: their rounding is a relative error of the result.
+        check(name, mine, near, exact, size * max(1.0, scale), slack=1e-3 if min(options.values()) < 1 else None)
 
 
 def sources_with(student: Tensor, teacher: Tensor) -> dict[str, tuple[Tensor | Head, Tensor | Head]]:
     """The logits on either side, or as the product of a head with an identity weight."""
+
     def head(logits: Tensor) -> Head:
         return Head(logits, torch.eye(logits.shape[-1], dtype=logits.dtype))
 
@@ -223,7 +225,7 @@ def test_all_tokens_masked(pairing: str, backend: str, reduction: str) -> None:
             backend=backend,
         )
         assert bool((value == 0).all()), f"{case.name}: {value}"
-        assert all(bool((each == 0).all()) for each in gradients), case.name
+        assert all(bool((gradient == 0).all()) for gradient in gradients), case.name
 
 
 @pytest.mark.parametrize("dropped_by", ["mask", "ignore_index"])
@@ -249,7 +251,7 @@ def test_nan_in_masked_rows_does_not_leak(pairing: str, backend: str, reduction:
 
 
 @pytest.mark.parametrize("side", [0, 1], ids=["student", "teacher"])
-@each(EVERY_DIVERGENCE + OTHER_PARAMETERS)
+@each(EVERY_DIVERGENCE, slow=OTHER_PARAMETERS)
 def test_nan_in_a_counted_row_shows(case: Case, side: int) -> None:
     for vocab, column in ((33, 0), (33, 32), (2100, 1500)):
         pair = random_logits(vocab)
@@ -259,7 +261,7 @@ def test_nan_in_a_counted_row_shows(case: Case, side: int) -> None:
         assert bool(gradients[side][2].isnan().all())
         assert bool(gradients[1 - side][2].isnan().any())
         rest = [0, 1, 3, 4, 5]
-        assert all(bool(each[rest].isfinite().all()) for each in gradients), "it reaches other rows"
+        assert all(bool(gradient[rest].isfinite().all()) for gradient in gradients), "it reaches other rows"
         mean = kd.distillation_loss(*pair, case.divergence)
         assert bool(mean.isnan())
 
@@ -270,12 +272,10 @@ def test_nan_in_a_counted_row_shows(case: Case, side: int) -> None:
 def test_empty_batch(case: Case, pairing: str, backend: str) -> None:
     empty = torch.empty(0, 5)
     for reduction, shape in (("mean", ()), ("sum", ()), ("none", (0,))):
-        value, gradients = run_pair(
-            sources_with(empty, empty)[pairing], case, reduction=reduction, backend=backend
-        )
+        value, gradients = run_pair(sources_with(empty, empty)[pairing], case, reduction=reduction, backend=backend)
         assert value.shape == shape
         assert bool((value == 0).all())
-        assert all(bool((each == 0).all()) for each in gradients)
+        assert all(bool((gradient == 0).all()) for gradient in gradients)
 
 
 @each_backend
@@ -328,7 +328,7 @@ VIEWS = [transposed, spaced_rows, spaced_columns, shifted, batch_transposed]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("view", VIEWS, ids=lambda view: view.__name__)
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-@each_divergence
+@each([EVERY_DIVERGENCE[0], EVERY_DIVERGENCE[3]])
 def test_views(case: Case, reduction: str, view: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     """A view gives what its copy gives, and nothing beside it is read or written."""
     student, teacher = random_logits(1030, dtype)

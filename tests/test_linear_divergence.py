@@ -12,7 +12,7 @@ import pytest
 import torch
 from accuracy import check
 from torch import Tensor
-from truth import EVERY_DIVERGENCE, Case, Head, compute_dtype, each_divergence, each_dtype, leaf, loss
+from truth import DTYPES, EVERY_DIVERGENCE, Case, Head, compute_dtype, each_divergence, each_dtype, leaf, loss
 
 import kdkernels as kd
 
@@ -53,6 +53,16 @@ PAIRINGS = ("head-head", "head-logits", "logits-head")
 each_pairing = pytest.mark.parametrize("pairing", PAIRINGS)
 
 
+each_dtype_but_half = pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(dtype, id=name, marks=pytest.mark.slow if dtype.itemsize == 2 else ())
+        for name, dtype in DTYPES.items()
+    ],
+)
+"""The half types too, but not in a hurry: their matrix products are slow on most CPUs."""
+
+
 def tensors_of(sides: Pair) -> dict[str, Tensor]:
     named: dict[str, Tensor] = {}
     for name, side in zip(("student", "teacher"), sides, strict=True):
@@ -69,7 +79,10 @@ def with_leaves(sides: Pair, dtype: torch.dtype | None = None) -> Pair:
 
 
 def upstream_for(value: Tensor) -> Tensor:
-    return torch.linspace(-1.0, 2.0, value.numel(), dtype=value.dtype).reshape(value.shape) if value.dim() else value.detach() * 0 + 1
+    """An upstream gradient per token that no two share."""
+    if not value.dim():
+        return torch.ones_like(value)
+    return torch.linspace(-1.0, 2.0, value.numel(), dtype=value.dtype).reshape(value.shape)
 
 
 Answers = tuple[Tensor, dict[str, Tensor | None]]
@@ -167,7 +180,7 @@ def every_option(dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@each_dtype_but_half
 @each_pairing
 @pytest.mark.parametrize("option", every_option(torch.float32))
 def test_options(option: str, pairing: str, dtype: torch.dtype) -> None:
@@ -183,7 +196,7 @@ HEADS = {
 }
 
 
-@each_dtype
+@each_dtype_but_half
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @each_pairing
 @pytest.mark.parametrize("head", HEADS)
@@ -256,7 +269,9 @@ def test_only_what_requires_grad_gets_a_gradient(needed: tuple[str, ...], reduct
         tensor.requires_grad_(name in needed)
     assert isinstance(sides[0], Head)
     assert isinstance(sides[1], Head)
-    value = kd.distillation_loss(sides[0].source(), sides[1].source(), kd.JSD(), reduction=reduction, memory_budget=1500)
+    value = kd.distillation_loss(
+        sides[0].source(), sides[1].source(), kd.JSD(), reduction=reduction, memory_budget=1500
+    )
     assert value.requires_grad == bool(needed)
     if needed:
         value.backward(upstream_for(value))

@@ -12,8 +12,6 @@ import importlib.util
 import warnings
 from typing import Any, NamedTuple
 
-import torch
-
 __all__ = ["BackendStatus", "backends", "row_backend", "select"]
 
 NAMES = ("reference", "cpu", "triton")
@@ -53,7 +51,6 @@ def warn_fallback(name: str, reason: str) -> None:
     warnings.warn(f"kdkernels falls back to plain PyTorch: the {name} backend is not available, {reason}", stacklevel=2)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def select(requested: str | None, device: str) -> str:
     """The backend for tensors on a device of this type: the one requested, or the best available.
 
@@ -64,6 +61,10 @@ def select(requested: str | None, device: str) -> str:
     if requested is not None and not isinstance(requested, str):
         raise TypeError(f"backend must be None or one of {', '.join(NAMES)}, got {requested!r}")
     return choose(requested, device)
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler, which takes longer than all the rest.
+select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from torch import Tensor
 from kdkernels.arguments import Problem
 from kdkernels.backends import HAVE_TOTAL, row_backend
 from kdkernels.backends.rows import RowSpec, Scales, compute_dtype
-from kdkernels.ops.eager import take_scaled, traced
+from kdkernels.ops.eager import save, saved, take_scaled, traced
 from kdkernels.ops.schema import SPEC, TAGS, as_numbers, has_labels, pack_spec, spec_gradients, unpack_spec
 from kdkernels.ops.second_order import differentiable_gradients
 from kdkernels.reference import rows as reference
@@ -103,7 +103,7 @@ def _(
 
 def setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     student, teacher, ctx.backend, ctx.kind, *fields = inputs
-    ctx.save_for_backward(student, teacher, output[2], *fields)
+    save(ctx, student, teacher, output[2], *fields)
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
@@ -111,7 +111,7 @@ def setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, 
 def backward_rows(
     ctx: Any, grad_divergence: Tensor | None, grad_cross_entropy: Tensor | None, _: Tensor | None
 ) -> tuple[Any, ...]:
-    student, teacher, statistics, *fields = ctx.saved_tensors
+    student, teacher, statistics, *fields = saved(ctx)
     packed = ctx.kind, *fields
     wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
     if grad_divergence is None:
@@ -238,6 +238,7 @@ class FusedTotal(torch.autograd.Function):
         to_student, to_teacher = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         grad_student = None
         if to_student:
+            donate = donate and (student.shape[0] == 1 or student.stride(0) >= student.shape[1])
             grad_student = student.detach() if donate else student.new_empty(student.shape)
         grad_teacher = teacher.new_empty(teacher.shape) if to_teacher else None
         value: Tensor = row_backend(backend).divergence_total(
@@ -249,7 +250,7 @@ class FusedTotal(torch.autograd.Function):
         if ctx.donated:
             torch.autograd.graph.increment_version(student)
         else:
-            ctx.save_for_backward(student, teacher)
+            save(ctx, student, teacher)
         return value
 
     @staticmethod
@@ -266,7 +267,7 @@ class FusedTotal(torch.autograd.Function):
             raise RuntimeError(
                 "distillation_loss: second derivatives need the student's logits, which were donated; use donate=False"
             )
-        student, teacher = ctx.saved_tensors
+        student, teacher = saved(ctx)
         scales, spec = ctx.options
         like = student.new_empty(0, dtype=compute_dtype(student, teacher))
         upstream = [scale * grad_total for scale in scales.per_row(student.shape[0], like)]

@@ -17,7 +17,7 @@ from kdkernels.arguments import Problem
 from kdkernels.backends import chunked_head
 from kdkernels.backends.chunked_head import Needs, SideGradients
 from kdkernels.backends.rows import RowSpec, Scales, Side, compute_dtype
-from kdkernels.ops.eager import take_scaled, traced
+from kdkernels.ops.eager import save, saved, take_scaled, traced
 from kdkernels.ops.schema import SPEC, TAGS, has_labels, pack_spec, spec_gradients, unpack_spec
 from kdkernels.ops.second_order import differentiable_gradients
 from kdkernels.reference import rows as reference
@@ -143,14 +143,14 @@ def reference_values(
 def setup_rows(ctx: Any, inputs: Arguments, output: tuple[Tensor, Tensor]) -> None:
     sides, (memory_budget, backend, kind, *fields) = inputs[:SIDES_LENGTH], inputs[SIDES_LENGTH:]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*(sides[place] for place in TENSORS), *fields)
+    save(ctx, *(sides[place] for place in TENSORS), *fields)
     ctx.scales = sides[3], sides[7]
     ctx.options = memory_budget, backend, kind
 
 
 def backward_rows(ctx: Any, grad_divergence: Tensor | None, grad_cross_entropy: Tensor | None) -> Arguments:
-    saved = ctx.saved_tensors
-    tensors, fields = saved[: len(TENSORS)], saved[len(TENSORS) :]
+    kept = saved(ctx)
+    tensors, fields = kept[: len(TENSORS)], kept[len(TENSORS) :]
     sides = (*tensors[:3], ctx.scales[0], *tensors[3:], ctx.scales[1])
     memory_budget, backend, kind = ctx.options
     packed = kind, *fields
@@ -286,19 +286,19 @@ class FusedTotal(torch.autograd.Function):
         ctx.gradients = [gradient for side in gradients for gradient in side]
         ctx.values = divergence, cross_entropy
         ctx.options = options
-        ctx.save_for_backward(divergence_scale, cross_entropy_scale, *tensors)
+        save(ctx, divergence_scale, cross_entropy_scale, *tensors)
         return weighted_sum((divergence_scale, cross_entropy_scale), divergence, cross_entropy)
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> Arguments:
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad
+        kept, needs = saved(ctx), ctx.needs_input_grad
         if torch.is_grad_enabled():
             _, _, spec, side_scales = ctx.options
 
             def value(*inputs: Any) -> list[Tensor]:
                 return [weighted_sum(inputs[:2], *reference_values(inputs[2:], side_scales, spec))]
 
-            return None, *differentiable_gradients(value, saved, needs[1:], [grad_total])
+            return None, *differentiable_gradients(value, kept, needs[1:], [grad_total])
         divergence, cross_entropy = ctx.values
         return (
             None,

@@ -12,7 +12,7 @@ from kdkernels.backends import chunked_head
 from kdkernels.backends.rows import Side, compute_dtype
 from kdkernels.ops.eager import traced
 from kdkernels.ops.schema import SPEC, TAGS, pack_spec, unpack_spec
-from kdkernels.statistics import TokenStatistics, empty_columns, from_columns
+from kdkernels.statistics import TokenStatistics, empty_matrix, from_matrix
 
 __all__ = ["statistics"]
 
@@ -37,7 +37,7 @@ token_statistics_op = torch.library.custom_op(
 @token_statistics_op.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     student, teacher = arguments[0], arguments[4]
-    return empty_columns(student.shape[0], compute_dtype(student, teacher), student.device)
+    return empty_matrix(student.shape[0], compute_dtype(student, teacher), student.device)
 
 
 def statistics(problem: Problem, memory_budget: int | None, backend: str) -> TokenStatistics:
@@ -48,4 +48,4 @@ def statistics(problem: Problem, memory_budget: int | None, backend: str) -> Tok
     tensors = (problem.student.tensor, None if teacher is None else teacher.tensor)
     call = token_statistics_op if traced(*tensors) else forward
     values, argmax = call(*arguments)
-    return from_columns(values, argmax, problem)
+    return from_matrix(values, argmax, problem)

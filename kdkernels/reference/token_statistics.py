@@ -7,10 +7,10 @@ from torch import Tensor
 
 from kdkernels import arguments
 from kdkernels.autocast import autocast_disabled
-from kdkernels.backends.rows import STATISTICS, RowSpec, Side, row_temperature
+from kdkernels.backends.rows import RowSpec, Side, row_temperature
 from kdkernels.reference.rows import effective_logits, side_logits
 from kdkernels.sources import Source
-from kdkernels.statistics import TokenStatistics, empty_columns, from_columns
+from kdkernels.statistics import TokenStatistics, from_columns
 
 __all__ = ["token_statistics"]
 
@@ -44,22 +44,19 @@ def token_statistics(
 def statistics(problem: arguments.Problem) -> TokenStatistics:
     """The statistics of a checked problem."""
     spec, dtype = problem.spec, problem.dtype
-    values, argmax = empty_columns(problem.student.tensor.shape[0], dtype, problem.student.tensor.device)
-    columns = {name: values[:, place] for place, name in enumerate(STATISTICS)}
-    values.fill_(torch.nan)
-    argmax.zero_()
+    columns: dict[str, Tensor] = {}
 
     def one_side(name: str, side: Side, softcap: float, temperature: float | Tensor) -> Tensor:
         logits = effective_logits(side_logits(side), softcap, dtype)
         tempered = logits / temperature
         log_probs = torch.log_softmax(tempered, dim=-1)
-        columns[f"lse_{name}"].copy_(torch.logsumexp(tempered, dim=-1))
-        columns[f"entropy_{name}"].copy_(-(log_probs.exp() * log_probs).sum(-1))
-        columns[f"max_{name}"].copy_(logits.amax(-1))
-        argmax[:, int(name == "teacher")] = logits.argmax(-1)
+        columns[f"lse_{name}"] = torch.logsumexp(tempered, dim=-1)
+        columns[f"entropy_{name}"] = -(log_probs.exp() * log_probs).sum(-1)
+        columns[f"max_{name}"] = logits.amax(-1)
+        columns[f"argmax_{name}"] = logits.argmax(-1)
         if spec.labels is not None:
             labels = safe_labels(spec, problem.vocab)
-            columns[f"label_log_prob_{name}"].copy_(log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1))
+            columns[f"label_log_prob_{name}"] = log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         return log_probs
 
     with autocast_disabled(problem.student.tensor.device.type):
@@ -76,12 +73,11 @@ def statistics(problem: arguments.Problem) -> TokenStatistics:
                 spec.teacher_softcap,
                 row_temperature(spec.teacher_temperature, spec.teacher_temperatures),
             )
-            columns["forward_kl"].copy_((log_p.exp() * (log_p - log_q)).sum(-1))
-            columns["reverse_kl"].copy_((log_q.exp() * (log_q - log_p)).sum(-1))
+            columns["forward_kl"] = (log_p.exp() * (log_p - log_q)).sum(-1)
+            columns["reverse_kl"] = (log_q.exp() * (log_q - log_p)).sum(-1)
     if spec.active is not None:
-        values.masked_fill_(~spec.active.unsqueeze(-1), 0.0)
-        argmax.masked_fill_(~spec.active.unsqueeze(-1), 0)
-    return from_columns(values, argmax, problem)
+        columns = {name: column.masked_fill(~spec.active, 0) for name, column in columns.items()}
+    return from_columns(columns, problem.batch_shape)
 
 
 def safe_labels(spec: RowSpec, vocab: int) -> Tensor:

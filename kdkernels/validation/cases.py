@@ -166,37 +166,34 @@ class Random:
         return labels.to(self.device)
 
 
-def logit_cases(vocabularies: Sequence[int]) -> list[Case]:
-    """Cases where both sides are logits, for vocabularies in rising order: plain ones, and each awkwardness at one of them."""
-    middle, large = vocabularies[len(vocabularies) // 2], vocabularies[-1]
+def plain_cases(vocabularies: Sequence[int]) -> list[Case]:
+    return [Case(f"V = {vocab}", vocab, rows=6 if vocab < 10_000 else 2) for vocab in vocabularies]
+
+
+def logit_cases(vocabularies: Sequence[int], odd: int, wide: int) -> list[Case]:
+    """Cases where both sides are logits: plain ones of these vocabularies, and each awkwardness at one of two others."""
     return [
-        *(Case(f"V = {vocab}", vocab) for vocab in vocabularies),
-        Case("temperatures 2 and 0.7", large, temperature=2.0, teacher_temperature=0.7),
-        Case("temperature and weight per token", middle, per_token=True),
-        Case("-inf columns", large, masked_columns=True),
-        Case("masked tokens holding NaN", middle, masked_rows=True),
-        Case("labels", large, labels=True, temperature=1.5),
-        Case("padded vocabularies", middle, padded=True, masked_columns=True),
-        Case("logits of hundreds", large, spread=200.0, term_size=200.0),
-        Case("all at once", middle, masked_columns=True, masked_rows=True, per_token=True, padded=True),
-        Case("float32 teacher", middle, teacher_dtype=torch.float32),
+        *plain_cases(vocabularies),
+        Case("temperatures 2 and 0.7", wide, temperature=2.0, teacher_temperature=0.7),
+        Case("temperature and weight per token", odd, per_token=True),
+        Case("-inf columns", wide, masked_columns=True),
+        Case("masked tokens holding NaN", odd, masked_rows=True),
+        Case("labels", wide, labels=True, temperature=1.5),
+        Case("padded vocabularies", odd, padded=True, masked_columns=True),
+        Case("logits of hundreds", wide, spread=200.0, term_size=200.0),
+        Case("all at once", odd, masked_columns=True, masked_rows=True, per_token=True, padded=True),
+        Case("float32 teacher", odd, teacher_dtype=torch.float32),
     ]
 
 
-def head_cases(vocabularies: Sequence[int]) -> list[Case]:
+def head_cases(vocabularies: Sequence[int], odd: int, wide: int) -> list[Case]:
     """Cases where both sides are language-model heads."""
-    middle, large = vocabularies[len(vocabularies) // 2], vocabularies[-1]
     return [
-        *(Case(f"V = {vocab}", vocab) for vocab in vocabularies),
+        *plain_cases(vocabularies),
         Case(
-            "bias, logit scale, temperatures",
-            middle,
-            bias=True,
-            logit_scale=0.5,
-            temperature=2.0,
-            teacher_temperature=0.7,
+            "bias, logit scale, temperatures", odd, bias=True, logit_scale=0.5, temperature=2.0, teacher_temperature=0.7
         ),
-        Case("softcap, labels", middle, softcap=5.0, labels=True),
-        Case("masked tokens holding NaN, weights", middle, masked_rows=True, per_token=True),
-        Case("one token per chunk", large, many_chunks=True, bias=True, labels=True),
+        Case("softcap, labels", odd, softcap=5.0, labels=True),
+        Case("masked tokens holding NaN, weights", odd, masked_rows=True, per_token=True),
+        Case("one token per chunk", wide, many_chunks=True, bias=True, labels=True),
     ]

@@ -1,0 +1,82 @@
+"""Every instruction set the extension is compiled for, each in a process that is told to use it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from truth import DTYPES, EVERY_DIVERGENCE, OTHER_PARAMETERS, random_logits
+
+from kdkernels.backends import native
+
+VARIABLE = "KDKERNELS_CPU_ISA"
+BUILT: list[str] = native.module.isas() if native.module is not None else []
+pytestmark = pytest.mark.skipif(not BUILT, reason=f"the native extension is not there: {native.reason}")
+
+
+def run(instruction_set: str, program: str) -> subprocess.CompletedProcess[str]:
+    tests = str(Path(__file__).resolve().parent)
+    paths = [tests, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, VARIABLE: instruction_set, "PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def verify(instruction_set: str) -> None:
+    """What the process does: the accuracy rule over kinds, dtypes and awkward sizes."""
+    import test_divergence_accuracy as dense
+    import test_hard_inputs as hard
+    import test_token_statistics as statistics
+
+    assert native.module is not None
+    assert native.module.isa() == instruction_set
+    for dtype in DTYPES.values():
+        for case in EVERY_DIVERGENCE + OTHER_PARAMETERS:
+            for vocab in (31, 1100):
+                dense.check_case(case, *random_logits(vocab, dtype), sides=("both", "student"))
+        labels = torch.tensor([0, 1, 30, 1099, 1024, 500])
+        statistics.check_logits(*random_logits(1100, dtype), labels, "cpu", temperature=1.3)
+    for case in EVERY_DIVERGENCE:
+        dense.test_far_from_zero(case)
+        dense.test_temperature_per_token_and_hard_labels(case, torch.float32)
+        hard.test_finite_and_right(case, torch.float32)
+        hard.test_nan_in_a_counted_row_shows(case, 0)
+    print("verified", instruction_set)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instruction_set", BUILT)
+def test_the_same_rule_for_each(instruction_set: str) -> None:
+    found = run(instruction_set, f"import test_instruction_sets; test_instruction_sets.verify({instruction_set!r})")
+    if "this processor lacks it" in found.stderr:
+        pytest.skip(f"this processor lacks {instruction_set}")
+    assert found.stdout == f"verified {instruction_set}\n", found.stderr[-2000:]
+
+
+def test_the_portable_one_is_always_there() -> None:
+    assert "baseline" in BUILT
+
+
+@pytest.mark.slow
+def test_a_wrong_name_is_refused() -> None:
+    """Asked for by name the backend says what is wrong; unasked it falls back to the reference with a warning."""
+    program = """
+import torch, kdkernels as kd
+logits = torch.randn(2, 5)
+print(kd.backends()["cpu"].available)
+kd.distillation_loss(logits, logits)
+kd.distillation_loss(logits, logits, backend="cpu")
+"""
+    found = run("avx1024", program)
+    assert found.stdout == "False\n"
+    assert found.returncode == 1
+    warning, error = found.stderr.split("Traceback")
+    for text in (warning, error):
+        assert "KDKERNELS_CPU_ISA=avx1024" in text
+        assert ", ".join(BUILT) in text
+    assert "falls back to plain PyTorch" in warning
