@@ -144,7 +144,7 @@ def main(
     divergence: Annotated[DivergenceName, typer.Option(help="Between teacher and student, per token.")] = "forward_kl",
     parameter: Annotated[list[str] | None, typer.Option(help="NAME=NUMBER, of the divergence; repeatable.")] = None,
     temperature: Annotated[float, typer.Option(help="Of both softmaxes; the loss is scaled by its square.")] = 1.0,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 90,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 80,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens per step.")] = 512,
     sequence_length: Annotated[
         int | None, typer.Option(min=2, max=8192, help="Default: 128, or --tokens if that is less.")
@@ -153,7 +153,7 @@ def main(
     student_layers: Annotated[
         int, typer.Option(min=1, max=TEACHER_LAYERS, help="Of the teacher's layers, evenly spread.")
     ] = 10,
-    learning_rate: Annotated[float, typer.Option(help="Peak, after warm-up.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="Peak, after warm-up.")] = 1.5e-3,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     backend: Annotated[str | None, typer.Option(help="Of the fused loss; default: the best available.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Order of the training text.")] = 0,

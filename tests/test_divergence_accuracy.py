@@ -140,15 +140,16 @@ def test_sizes_around_a_vector_and_a_block(case: Case, vocab: int) -> None:
     check_case(case, *random_logits(vocab, torch.float32))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1.3])
 @each_divergence
-def test_far_from_zero(case: Case) -> None:
+def test_far_from_zero(case: Case, temperature: float) -> None:
     """Logits are differences: an offset that plain PyTorch removes exactly must cost no accuracy here."""
     student, teacher = random_logits(300, torch.float32)
-    check_case(case, student + 1e4, teacher - 3e3, temperature=1.3)
+    check_case(case, student + 1e4, teacher - 3e3, temperature=temperature)
 
 
 @each_divergence
 def test_nearly_equal_distributions(case: Case) -> None:
-    student, _ = random_logits(300, torch.float32)
-    noise = torch.randn(student.shape, generator=torch.Generator().manual_seed(1))
-    check_case(case, student, student + 0.01 * noise)
+    student, noise = random_logits(300, torch.float32)
+    # Nowhere so near that the sign of p - q, the gradient of the total variation, is a matter of rounding.
+    check_case(case, student, student + 0.01 * (noise + noise.sign()))

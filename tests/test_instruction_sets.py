@@ -42,7 +42,7 @@ def verify(instruction_set: str) -> None:
         labels = torch.tensor([0, 1, 30, 1099, 1024, 500])
         statistics.check_logits(*random_logits(1100, dtype), labels, "cpu", temperature=1.3)
     for case in EVERY_DIVERGENCE:
-        dense.test_far_from_zero(case)
+        dense.test_far_from_zero(case, 1.0)
         dense.test_temperature_per_token_and_hard_labels(case, torch.float32)
         hard.test_finite_and_right(case, torch.float32)
         hard.test_nan_in_a_counted_row_shows(case, 0)

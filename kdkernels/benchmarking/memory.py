@@ -6,6 +6,7 @@ On the CPU that is the peak of the resident size, on a GPU that of PyTorch's all
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import os
 import pickle
@@ -74,7 +75,10 @@ def measure(workload: Workload, contender: str) -> int:
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated()
     else:
-        # Linux then forgets the peak of the preparations. Where that is not allowed, the answer is an upper bound.
+        # What the allocator keeps of the preparations goes back, and Linux forgets their peak. Where the first is not known
+        # (another C library) or the second not allowed, the answer is a bound: from below or from above.
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         before = resident_bytes("VmRSS")

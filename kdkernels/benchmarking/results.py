@@ -51,7 +51,7 @@ def format_ratio(ratio: float | None) -> str:
     return "–" if ratio is None else f"{ratio:.2f}×"
 
 
-HEADINGS = ("contender", "time", "ratio", "rounds", "peak extra memory", "of it gradients", "note")
+HEADINGS = ("contender", "time", "× the first", "rounds", "peak extra memory", "of it gradients", "note")
 
 
 def cells(result: Result) -> tuple[str, ...]:
@@ -79,10 +79,10 @@ def grouped(results: Iterable[Result]) -> dict[str, list[Result]]:
     return groups
 
 
-def table(workload: str, results: Sequence[Result]) -> Table:
+def table(results: Sequence[Result]) -> Table:
     """The results of one workload."""
     shown = shown_columns(results)
-    found = Table(title=workload, title_justify="left", title_style="bold")
+    found = Table()
     for place in shown:
         found.add_column(HEADINGS[place], justify="right" if 0 < place < 6 else "left", no_wrap=place < 6)
     for result in results:

@@ -116,7 +116,7 @@ class Workload:
 
     @property
     def title(self) -> str:
-        sizes = f"{self.tokens:,} tokens × {self.vocab:,}"
+        sizes = f"{self.tokens:,} {'token' if self.tokens == 1 else 'tokens'} × {self.vocab:,}"
         if self.operation is Operation.HEAD:
             sizes += f", hidden {self.hidden:,}"
             if self.teacher_hidden != self.hidden:

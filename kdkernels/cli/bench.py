@@ -113,7 +113,8 @@ def run_bench(
         f"{machine}; ours runs on the {select(None, torch.device(device).type)} backend", soft_wrap=True, markup=False
     )
     for title, group in grouped(results).items():
-        output.print(table(title, [result for result in group if result.seconds is not None]))
+        output.print(f"\n{title}", style="bold", soft_wrap=True, markup=False)
+        output.print(table([result for result in group if result.seconds is not None]))
         for result in group:
             if result.seconds is None:
                 output.print(f"  not measured: {result.contender}, {result.note}", soft_wrap=True, markup=False)
