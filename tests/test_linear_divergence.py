@@ -380,3 +380,18 @@ def test_heads_depend_on_the_number_of_threads_by_rounding_only(pairing: str, th
         torch.testing.assert_close(value, answers[0][0], rtol=1e-13, atol=0)
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, answers[0][1][name], rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_nan_where_no_token_counts_does_not_reach_second_derivatives(reduction: str) -> None:
+    hidden = torch.randn(4, 3, dtype=torch.float64)
+    hidden[1] = torch.nan
+    weight = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([True, False, True, True])
+    head = kd.LMHead(hidden, weight)
+    value = kd.distillation_loss(head, torch.randn(4, 7, dtype=torch.float64), mask=mask, reduction=reduction).sum()
+    (first,) = torch.autograd.grad(value, weight, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), weight)
+    assert first.isfinite().all()
+    assert second.isfinite().all()
+    assert second.any()

@@ -98,8 +98,9 @@ def divergence_terms(log_p, log_q, a, b, KIND: tl.constexpr, FAST_LOG: tl.conste
     else:
         tl.static_assert(KIND == AB)
         power = tl.exp2(a * log_p + b * log_q)
-        h_s = (tl.exp2((a + b) * log_q) - power) / a
-        h_t = (tl.exp2((a + b) * log_p) - power) / b
+        # The exponents are rounded alike, so that nothing remains where p = q.
+        h_s = (tl.exp2(a * log_q + b * log_q) - power) / a
+        h_t = (tl.exp2(a * log_p + b * log_p) - power) / b
         value = h_s
     return h_s, h_t, value
 

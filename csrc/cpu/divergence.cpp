@@ -19,7 +19,7 @@ template <class Real>
 struct Scratch {
   Real *student, *teacher;  // exponentials, later perhaps h_t / h_s
   Real *student_terms, *teacher_terms;
-  Real *student_reference, *teacher_reference;  // what a block's exponentials are relative to
+  Real *student_origin, *teacher_origin;  // what a block's exponentials are relative to
 
   static constexpr int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }
 
@@ -35,8 +35,8 @@ struct Scratch {
     teacher = student + row;
     student_terms = separate_terms ? teacher + row : teacher;
     teacher_terms = separate_terms ? student_terms + row : student;
-    student_reference = (separate_terms ? teacher_terms : teacher) + row;
-    teacher_reference = student_reference + blocks;
+    student_origin = (separate_terms ? teacher_terms : teacher) + row;
+    teacher_origin = student_origin + blocks;
   }
 };
 
@@ -107,18 +107,20 @@ class Row {
   // sum exp_x (x - y) over a block, x and y tempered and in log 2.
   static double cross_sum(const Real* exp_x, const Stream<Real>& of_x, const Real* x, const Stream<Real>& of_y,
                           const Real* y, int64_t n) {
-    const Real x_scale = of_x.scale, x_reference = of_x.reference, y_scale = of_y.scale, y_reference = of_y.reference;
+    const Tempering<Real> temper_x = of_x.tempering, temper_y = of_y.tempering;
     Real sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; ++i) sum += exp_x[i] * ((x[i] * x_scale - x_reference) - (y[i] * y_scale - y_reference));
+    for (int64_t i = 0; i < n; ++i) sum += exp_x[i] * (temper_x(x[i]) - temper_y(y[i]));
     return sum;
   }
 
-  // block = exp(block * factor), in place.
-  static void exponentials_of(Real* block, int64_t n, Real factor) {
+  static Tempering<Real> at_temperature_one(Real max) { return Tempering<Real>::at(max, log2_e); }
+
+  // block = exp(block), in place.
+  static void exponentials_of(Real* block, int64_t n) {
     alignas(64) Real exponents[block_size];
     std::memcpy(exponents, block, n * sizeof(Real));
-    exp2_block(exponents, n, factor * log2_e, Real(0), block);
+    exp2_block(exponents, n, Tempering<Real>{log2_e, 0}, block);
   }
 
   // block = exp(a log p + (1 - a) log q - shift), the weights of the Renyi divergence, in place of log q.
@@ -126,7 +128,7 @@ class Row {
     const Real a = a_;
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) student_logs[i] = (a * teacher_logs[i] + (Real(1) - a) * student_logs[i]) - shift;
-    exponentials_of(student_logs, n, Real(1));
+    exponentials_of(student_logs, n);
   }
 
   template <class Body>
@@ -165,12 +167,13 @@ class Row {
         reverse_ += cross_sum(exp_s, student_, s, teacher_, t, n);
       }
       if constexpr (keep) {
-        scratch_.student_reference[start / block_size] = student_.reference;
-        scratch_.teacher_reference[start / block_size] = teacher_.reference;
+        scratch_.student_origin[start / block_size] = student_.tempering.origin;
+        scratch_.teacher_origin[start / block_size] = teacher_.tempering.origin;
       }
       if (label_temperature_differs_) {
-        const double fall = (static_cast<double>(old_max) - static_cast<double>(student_.max)) * Stream<Real>::log2_e;
-        label_sum_ = label_sum_ * std::exp2(fall) + exp2_block(s, n, log2_e, student_.max * log2_e, student_exp);
+        const Tempering<Real> untempered = at_temperature_one(student_.max);
+        const double fall = untempered.distance(at_temperature_one(old_max).origin, untempered.origin);
+        label_sum_ = label_sum_ * std::exp2(fall) + exp2_block(s, n, untempered, student_exp);
       }
     });
     if (!label_temperature_differs_) label_sum_ = student_.sum;
@@ -179,13 +182,13 @@ class Row {
   }
 
   double cross_entropy() const {
-    const double top = static_cast<double>(label_temperature_differs_ ? student_.max * log2_e : student_.reference);
-    return std::log(label_sum_) - (student_.logit(problem_.labels[row_]) * log2_e - top) * Stream<Real>::log_2;
+    const double label_logit = student_.logit(problem_.labels[row_]);
+    return std::log(label_sum_) - at_temperature_one(student_.max).of(label_logit) * Stream<Real>::log_2;
   }
 
   // What turns the exponentials kept for a block into probabilities.
-  static Real probability_scale(const Stream<Real>& stream, Real block_reference) {
-    const double shift = static_cast<double>(block_reference) - static_cast<double>(stream.reference);
+  static Real probability_scale(const Stream<Real>& stream, Real block_origin) {
+    const double shift = stream.tempering.distance(block_origin, stream.tempering.origin);
     return static_cast<Real>((shift == 0 ? 1.0 : std::exp2(shift)) / stream.sum);
   }
 
@@ -202,11 +205,12 @@ class Row {
       const bool keep_teacher = gradient && problem_.grad_teacher.data;
       for_blocks([&](int64_t start, int64_t n) {
         if constexpr (Traits::logs_for_terms) load_log_probabilities(start, n, student_logs, teacher_logs);
-        const Real student_scale = probability_scale(student_, scratch_.student_reference[start / block_size]);
-        const Real teacher_scale = probability_scale(teacher_, scratch_.teacher_reference[start / block_size]);
+        const Real student_scale = probability_scale(student_, scratch_.student_origin[start / block_size]);
+        const Real teacher_scale = probability_scale(teacher_, scratch_.teacher_origin[start / block_size]);
         const Real* student_kept = scratch_.student + start;
         const Real* teacher_kept = scratch_.teacher + start;
-        const Real a = a_, b = b_;
+        const Real a = a_;
+        [[maybe_unused]] const Real b = b_;
         alignas(64) Real student_terms[block_size], teacher_terms[block_size];
         Real sum_student = 0, sum_teacher = 0, sum_value = 0;
         if constexpr (Traits::logs_for_terms) {
@@ -214,11 +218,18 @@ class Row {
           constexpr bool own_powers = kind == Kind::alpha_beta;
           Real* cross = teacher_terms;
 #pragma omp simd
-          for (int64_t i = 0; i < n; ++i) cross[i] = math::cross_exponent<kind>(teacher_logs[i], student_logs[i], a, b);
-          exponentials_of(cross, n, Real(1));
+          for (int64_t i = 0; i < n; ++i) {
+            const Real log_p = teacher_logs[i], log_q = student_logs[i];
+            cross[i] = math::cross_exponent<kind>(log_p, log_q, a, b);
+            if constexpr (own_powers) {  // rounded like the cross exponent, so that nothing remains where p = q
+              teacher_logs[i] = math::cross_exponent<kind>(log_p, log_p, a, b);
+              student_logs[i] = math::cross_exponent<kind>(log_q, log_q, a, b);
+            }
+          }
+          exponentials_of(cross, n);
           if constexpr (own_powers) {
-            exponentials_of(student_logs, n, a + b);
-            exponentials_of(teacher_logs, n, a + b);
+            exponentials_of(student_logs, n);
+            exponentials_of(teacher_logs, n);
           }
 #pragma omp simd reduction(+ : sum_student, sum_teacher)
           for (int64_t i = 0; i < n; ++i) {
@@ -234,7 +245,7 @@ class Row {
 #pragma omp simd reduction(+ : sum_student, sum_teacher, sum_value)
           for (int64_t i = 0; i < n; ++i) {
             const auto h = math::terms<kind, Real>(teacher_kept[i] * teacher_scale, student_kept[i] * student_scale,
-                                                   Real(0), Real(0), a, b);
+                                                   Real(0), Real(0), a);
             sum_student += h.student;
             sum_teacher += h.teacher;
             sum_value += h.value;
@@ -268,7 +279,7 @@ class Row {
       }
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) student_logs[i] -= block_max;
-      const Real block_sum = exp2_block(student_logs, n, log2_e, Real(0), teacher_logs);
+      const Real block_sum = exp2_block(student_logs, n, Tempering<Real>{log2_e, 0}, teacher_logs);
       if (block_max > max) {
         sum *= std::exp(max - block_max);
         max = block_max;
@@ -307,8 +318,8 @@ class Row {
         teacher_.log_probabilities(t, n, teacher_logs);
         if constexpr (renyi) affinities(teacher_logs, student_logs, n, static_cast<Real>(log_affinity_));
       }
-      const Real student_scale = probability_scale(student_, scratch_.student_reference[start / block_size]);
-      const Real teacher_scale = probability_scale(teacher_, scratch_.teacher_reference[start / block_size]);
+      const Real student_scale = probability_scale(student_, scratch_.student_origin[start / block_size]);
+      const Real teacher_scale = probability_scale(teacher_, scratch_.teacher_origin[start / block_size]);
       // Both gradients read both rows of logits: compute all before storing, in case they overlap.
       alignas(64) Real student_buffer[block_size], teacher_buffer[block_size];
       Real* student_out = direct_student ? destination(problem_.grad_student, start) : student_buffer;
@@ -324,7 +335,7 @@ class Row {
                          teacher_scale, student_logs, teacher_logs, student_out);
         if (label_softmax_apart) {
           const Real scale = static_cast<Real>(label_upstream / label_sum_);
-          exp2_block(s, n, log2_e, student_.max * log2_e, student_logs);  // whose logs have served
+          exp2_block(s, n, at_temperature_one(student_.max), student_logs);  // whose logs have served
 #pragma omp simd
           for (int64_t i = 0; i < n; ++i) student_out[i] += scale * student_logs[i];
         }
@@ -407,12 +418,12 @@ class Row {
         for (int64_t i = 0; i < n; ++i) out[i] = own_kept * kept[i] + other_kept * teacher_kept[i];
       } else {
         const Real* teacher_kept = scratch_.teacher + start;
-        const Real a = a_, b = b_;
+        const Real a = a_;
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) {
           const Real q = kept[i] * student_scale;
           const auto h =
-              math::terms<kind, Real>(teacher_kept[i] * teacher_scale, q, teacher_logs[i], student_logs[i], a, b);
+              math::terms<kind, Real>(teacher_kept[i] * teacher_scale, q, teacher_logs[i], student_logs[i], a);
           out[i] = scale * h.student + own * q;
         }
       }
@@ -437,12 +448,12 @@ class Row {
         for (int64_t i = 0; i < n; ++i) out[i] = scale * terms[i] + own_kept * kept[i];
       } else {
         const Real* student_kept = scratch_.student + start;
-        const Real a = a_, b = b_;
+        const Real a = a_;
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) {
           const Real p = kept[i] * teacher_scale;
           const auto h =
-              math::terms<kind, Real>(p, student_kept[i] * student_scale, teacher_logs[i], student_logs[i], a, b);
+              math::terms<kind, Real>(p, student_kept[i] * student_scale, teacher_logs[i], student_logs[i], a);
           out[i] = scale * h.teacher + own * p;
         }
       }

@@ -195,16 +195,41 @@ inline Range<Real> range_of(const Real* block, int64_t n) {
   return {min, max};
 }
 
-// out = 2^(block * scale - offset); returns the sum. While it computes, memory works: `upcoming`, as
+// Logits over a temperature, relative to an origin near their maximum and in units of log 2. The
+// difference must not lose the digits that the logits have in common: a fused multiply-add rounds
+// once, after subtracting; without one the logits are subtracted first.
+template <class Real>
+struct Tempering {
+  Real scale = 1;   // log2(e) / temperature
+  Real origin = 0;  // in the units of operator()'s result, or of the logits
+
+#if defined(__FP_FAST_FMAF)
+  static KD_INLINE Tempering at(Real max, Real scale) { return {scale, max * scale}; }
+  KD_INLINE Real operator()(Real logit) const { return logit * scale - origin; }
+  double of(double logit) const { return logit * static_cast<double>(scale) - static_cast<double>(origin); }
+  double distance(Real from, Real to) const { return static_cast<double>(from) - static_cast<double>(to); }
+#else
+  static KD_INLINE Tempering at(Real max, Real scale) { return {scale, max}; }
+  KD_INLINE Real operator()(Real logit) const { return (logit - origin) * scale; }
+  double of(double logit) const { return (logit - static_cast<double>(origin)) * static_cast<double>(scale); }
+  double distance(Real from, Real to) const {
+    return (static_cast<double>(from) - static_cast<double>(to)) * static_cast<double>(scale);
+  }
+#endif
+  // The tempered logit that `origin` stands for.
+  double of_origin() const { return -of(0); }
+};
+
+// out = 2^tempering(block); returns the sum. While it computes, memory works: `upcoming`, as
 // many bytes per entry as `block` was loaded from, is fetched for the next block.
 template <class Real>
-inline Real exp2_block(const Real* __restrict block, int64_t n, Real scale, Real offset, Real* __restrict out,
+inline Real exp2_block(const Real* __restrict block, int64_t n, Tempering<Real> tempering, Real* __restrict out,
                        const char* upcoming = nullptr, int64_t upcoming_bytes = 0) {
   for (int64_t i = 0; i < upcoming_bytes; i += 64) __builtin_prefetch(upcoming + i, 0, 2);
   Real sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
-    const Real e = math::exp2(block[i] * scale - offset);
+    const Real e = math::exp2(tempering(block[i]));
     out[i] = e;
     sum += e;
   }
@@ -215,9 +240,9 @@ inline Real exp2_block(const Real* __restrict block, int64_t n, Real scale, Real
 // Half the instructions of the portable form: the fraction and the scaling by a power of two are
 // one instruction each. The polynomial is a minimax fit on [0, 1], relative error 2e-9.
 template <>
-inline float exp2_block<float>(const float* __restrict block, int64_t n, float scale, float offset,
+inline float exp2_block<float>(const float* __restrict block, int64_t n, Tempering<float> tempering,
                                float* __restrict out, const char* upcoming, int64_t upcoming_bytes) {
-  const __m512 factor = _mm512_set1_ps(scale), shift = _mm512_set1_ps(offset);
+  const __m512 factor = _mm512_set1_ps(tempering.scale), shift = _mm512_set1_ps(tempering.origin);
   __m512 sum = _mm512_setzero_ps();
   for (int64_t i = 0; i < n; i += 16) {
     if (i * 4 < upcoming_bytes) __builtin_prefetch(upcoming + i * 4, 0, 2);
@@ -245,19 +270,18 @@ inline float exp2_block<float>(const float* __restrict block, int64_t n, float s
 
 // One side of a row: where its logits are, and the state of its softmax as the row streams by.
 //
-// Tempered logits are kept in units of log 2, as x * scale - reference; the reference follows the
-// running maximum. It is rounded once and used everywhere, so the result does not depend on it.
+// The origin of the tempered logits follows the running maximum. It is rounded once and used
+// everywhere, so the result does not depend on it.
 template <class Real>
 struct Stream {
   Matrix matrix;
   int64_t row;
   Real softcap;
   double inverse_temperature;
-  Real scale;                                 // log2(e) / temperature
   Real max = static_cast<Real>(logit_floor);  // of the raw logits seen so far
-  Real reference;                             // max * scale
-  double sum = 0;                             // of 2^(x * scale - reference)
-  bool masked = false;                        // some entry lay below logit_floor
+  Tempering<Real> tempering;
+  double sum = 0;       // of 2^tempering(x)
+  bool masked = false;  // some entry lay below logit_floor
 
   static constexpr double log2_e = 1.4426950408889634074;
   static constexpr double log_2 = 0.69314718055994530942;
@@ -267,8 +291,7 @@ struct Stream {
         row(row),
         softcap(static_cast<Real>(softcap)),
         inverse_temperature(1 / temperature),
-        scale(static_cast<Real>(log2_e / temperature)),
-        reference(max * scale) {}
+        tempering(Tempering<Real>::at(max, static_cast<Real>(log2_e / temperature))) {}
 
   // A block of logits, softcapped and clamped: `buffer`, or the row itself where nothing need be done.
   const Real* load(int64_t column, int64_t n, Real* buffer, Range<Real>& range) const {
@@ -298,7 +321,7 @@ struct Stream {
   void exponentiate(const Real* block, int64_t column, int64_t n, int64_t vocab, Real* out) {
     const int64_t left = vocab - column - n;
     const char* upcoming = entry_address(matrix, row, column + n);
-    sum += exp2_block(block, n, scale, reference, out, upcoming,
+    sum += exp2_block(block, n, tempering, out, upcoming,
                       (left < block_size ? left : block_size) * dtype_size(matrix.dtype));
   }
 
@@ -312,31 +335,30 @@ struct Stream {
     return static_cast<double>(*load(column, 1, &buffer));
   }
 
-  // Raises the reference to a new maximum; returns by how much (in log 2, <= 0) what was relative to it falls.
+  // Raises the origin to a new maximum; returns by how much (in log 2, <= 0) what was relative to it falls.
   double raise(Range<Real> block) {
     masked = masked || block.min <= static_cast<Real>(logit_floor);
     if (!(block.max > max)) return 0;
-    const Real old_reference = reference;
+    const Real old_origin = tempering.origin;
     max = block.max;
-    reference = max * scale;
-    const double shift = static_cast<double>(old_reference) - static_cast<double>(reference);
+    tempering = Tempering<Real>::at(max, tempering.scale);
+    const double shift = tempering.distance(old_origin, tempering.origin);
     sum *= std::exp2(shift);
     return shift;
   }
 
   double log_sum() const { return std::log(sum); }
-  double log_normaliser() const { return static_cast<double>(reference) * log_2 + log_sum(); }
+  double log_normaliser() const { return tempering.of_origin() * log_2 + log_sum(); }
 
   // log softmax at one logit.
-  double log_probability(double logit) const {
-    return (logit * static_cast<double>(scale) - static_cast<double>(reference)) * log_2 - log_sum();
-  }
+  double log_probability(double logit) const { return tempering.of(logit) * log_2 - log_sum(); }
 
   // out = log softmax of a block of logits.
   void log_probabilities(const Real* block, int64_t n, Real* out) const {
-    const Real factor = scale, shift = reference, log_total = static_cast<Real>(log_sum());
+    const Tempering<Real> temper = tempering;
+    const Real log_total = static_cast<Real>(log_sum());
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = (block[i] * factor - shift) * Real(log_2) - log_total;
+    for (int64_t i = 0; i < n; ++i) out[i] = temper(block[i]) * Real(log_2) - log_total;
   }
 };
 

@@ -19,7 +19,7 @@ enum Column {
 };
 static_assert(label_teacher + 1 == statistics_count);
 
-// The sums of one side besides its normaliser, in log 2 and relative to the reference of the stream.
+// The sums of one side besides its normaliser, in log 2 and relative to the origin of the stream.
 template <class Real>
 struct Side {
   Stream<Real> stream;
@@ -27,7 +27,7 @@ struct Side {
   double cross = 0;     // sum exp(x) (x - other side)
   int64_t argmax = 0;
 
-  // Takes in the range of the next block; returns the shift of the reference.
+  // Takes in the range of the next block; returns the shift of the origin.
   double advance(Range<Real> range, int64_t start, int64_t n, const Real* block) {
     if (range.max > stream.max || start == 0) {
       int64_t i = 0;
@@ -64,12 +64,12 @@ void run_row(const RowProblem& problem, int64_t row) {
     const Real* s = student.stream.load(start, n, student_buffer, range);
     const double old_student_sum = student.stream.sum, old_teacher_sum = teacher.stream.sum;
     const double student_shift = student.advance(range, start, n, s);
-    const Real s_scale = student.stream.scale, s_reference = student.stream.reference;
+    const Tempering<Real> temper_s = student.stream.tempering;
     student.stream.exponentiate(s, start, n, problem.vocab, student_exp);
     Real student_weighted = 0;
     if (!pair) {
 #pragma omp simd reduction(+ : student_weighted)
-      for (int64_t i = 0; i < n; ++i) student_weighted += student_exp[i] * (s[i] * s_scale - s_reference);
+      for (int64_t i = 0; i < n; ++i) student_weighted += student_exp[i] * temper_s(s[i]);
     } else {
       const Real* t = teacher.stream.load(start, n, teacher_buffer, range);
       const double teacher_shift = teacher.advance(range, start, n, t);
@@ -77,13 +77,13 @@ void run_row(const RowProblem& problem, int64_t row) {
         student.cross = (student.cross + old_student_sum * (student_shift - teacher_shift)) * std::exp2(student_shift);
         teacher.cross = (teacher.cross + old_teacher_sum * (teacher_shift - student_shift)) * std::exp2(teacher_shift);
       }
-      const Real t_scale = teacher.stream.scale, t_reference = teacher.stream.reference;
+      const Tempering<Real> temper_t = teacher.stream.tempering;
       teacher.stream.exponentiate(t, start, n, problem.vocab, teacher_exp);
       Real teacher_weighted = 0, student_cross = 0, teacher_cross = 0;
 #pragma omp simd reduction(+ : student_weighted, teacher_weighted, student_cross, teacher_cross)
       for (int64_t i = 0; i < n; ++i) {
-        const Real x = s[i] * s_scale - s_reference;
-        const Real y = t[i] * t_scale - t_reference;
+        const Real x = temper_s(s[i]);
+        const Real y = temper_t(t[i]);
         student_weighted += student_exp[i] * x;
         teacher_weighted += teacher_exp[i] * y;
         student_cross += student_exp[i] * (x - y);

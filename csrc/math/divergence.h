@@ -53,7 +53,8 @@ template <class Real>
 constexpr Real saturation = Real(60);
 
 template <Kind kind, class Real>
-KD_INLINE Terms<Real> terms(Real p, Real q, Real log_p, Real log_q, Real a, Real b) {
+KD_INLINE Terms<Real> terms(Real p, Real q, [[maybe_unused]] Real log_p, [[maybe_unused]] Real log_q,
+                            [[maybe_unused]] Real a) {
   constexpr Real tiny = sizeof(Real) == 4 ? Real(1.2e-38) : Real(2.3e-308);
   const auto positive = [](Real x) { return x < tiny ? tiny : x; };
   const Real one = Real(1);

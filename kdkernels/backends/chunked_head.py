@@ -52,9 +52,10 @@ def chunks(sides: list[Side], memory_budget: int | None) -> Iterator[slice]:
 class Head:
     """One side while its chunks go by: makes logits, takes their gradient."""
 
-    def __init__(self, side: Side, needs: Needs) -> None:
+    def __init__(self, side: Side, needs: Needs, active: Tensor | None) -> None:
         self.side = side
         self.needs = needs
+        self.active = active
         self.tensor_gradient = side.tensor.new_empty(side.tensor.shape) if needs.tensor else None
         self.weight_sum: Tensor | None = None
         self.bias_sum: Tensor | None = None
@@ -64,10 +65,15 @@ class Head:
     def wanted(self) -> bool:
         return any(self.needs)
 
-    def logits(self, chunk: slice) -> Tensor:
+    def hidden(self, chunk: slice) -> Tensor:
+        """The hidden states of a chunk; blank where a token does not count, for 0 * NaN is no 0 in a GEMM."""
         rows = self.side.tensor[chunk]
+        return rows if self.active is None else rows.masked_fill(~self.active[chunk].unsqueeze(-1), 0.0)
+
+    def logits(self, chunk: slice) -> Tensor:
         if self.side.weight is None:
-            return rows
+            return self.side.tensor[chunk]
+        rows = self.hidden(chunk)
         if self.buffer is None:  # the first chunk is the longest
             self.buffer = rows.new_empty(rows.shape[0], self.side.weight.shape[0])
         out = self.buffer[: rows.shape[0]]
@@ -89,11 +95,11 @@ class Head:
         weight, scale = self.side.weight, self.side.scale
         if gradient is None or weight is None:
             return
-        hidden = self.side.tensor[chunk]
         if self.tensor_gradient is not None:
             out = self.tensor_gradient[chunk]
             torch.addmm(out, gradient, weight, beta=0, alpha=scale, out=out)
         if self.needs.weight:
+            hidden = self.hidden(chunk)
             if hidden.element_size() >= 4:
                 first = self.weight_sum is None
                 if self.weight_sum is None:
@@ -160,7 +166,7 @@ def divergence(
         return spread(values[0], index, rows), values[1] if spec.labels is None else spread(values[1], index, rows)
     kernels = row_backend(backend)
     values = empty_values(student, teacher, spec)
-    heads = [Head(student, Needs(False)), Head(teacher, Needs(False))]
+    heads = [Head(student, Needs(False), spec.active), Head(teacher, Needs(False), spec.active)]
     for chunk in chunks([student, teacher], memory_budget):
         part = kernels.divergence_forward(heads[0].logits(chunk), heads[1].logits(chunk), spec.take(chunk))
         store_values(values, part, chunk)
@@ -202,7 +208,7 @@ def divergence_with_gradients(
         return spread(divergence, index, rows), cross_entropy, spread_hidden(to_student), spread_hidden(to_teacher)
     kernels = row_backend(backend)
     values = empty_values(student, teacher, spec)
-    heads = [Head(student, needs[0]), Head(teacher, needs[1])]
+    heads = [Head(student, needs[0], spec.active), Head(teacher, needs[1], spec.active)]
     for chunk in chunks([student, teacher], memory_budget):
         logits = [head.logits(chunk) for head in heads]
         gradients = [head.gradient_buffer(part, chunk) for head, part in zip(heads, logits, strict=True)]
@@ -226,7 +232,7 @@ def statistics(
     """``token_statistics`` of a row backend, for any sources."""
     kernels = row_backend(backend)
     sides = [student] if teacher is None else [student, teacher]
-    heads = [Head(side, Needs(False)) for side in sides]
+    heads = [Head(side, Needs(False), spec.active) for side in sides]
     parts = [
         kernels.token_statistics(
             heads[0].logits(chunk), heads[1].logits(chunk) if len(heads) > 1 else None, spec.take(chunk)

@@ -133,7 +133,7 @@ def reference_values(
 ) -> tuple[Tensor, Tensor]:
     """``(divergence [N], cross_entropy [N] or [0])`` by the reference. Makes the logits whole."""
     student, teacher = unpack((*tensors[:3], side_scales[0], *tensors[3:], side_scales[1]))
-    student_logits, teacher_logits = reference.side_logits(student), reference.side_logits(teacher)
+    student_logits, teacher_logits = (reference.side_logits(side, spec.active) for side in (student, teacher))
     divergence = reference.divergence(student_logits, teacher_logits, spec)
     if spec.labels is None:
         return divergence, divergence.new_empty(0)
