@@ -5,7 +5,6 @@ Every refusal happens here, before a kernel runs, and names the argument, what w
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from collections.abc import Container, Iterator
@@ -28,21 +27,25 @@ REDUCTIONS = ("none", "sum", "mean")
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REAL_DTYPES = LOGIT_DTYPES + INTEGER_DTYPES
 
-debugging = os.environ.get("KDKERNELS_DEBUG", "") not in {"", "0"}
 
-
-@contextlib.contextmanager
-def debug(enabled: bool = True) -> Iterator[None]:
+class debug:  # noqa: N801 - called like a function
     """Checks the values of GPU tensors (labels) too, at the price of a synchronisation per call.
 
-    On CPU tensors values are always checked. ``KDKERNELS_DEBUG=1`` does the same for a whole process.
+    ``kd.debug(True)`` from then on, ``with kd.debug(True):`` in a block. On CPU tensors values are always checked;
+    ``KDKERNELS_DEBUG=1`` switches it on for a whole process.
     """
-    global debugging  # noqa: PLW0603
-    before, debugging = debugging, enabled
-    try:
-        yield
-    finally:
-        debugging = before
+
+    enabled = os.environ.get("KDKERNELS_DEBUG", "") not in {"", "0"}
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.before = debug.enabled
+        debug.enabled = enabled
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        debug.enabled = self.before
 
 
 class Problem(NamedTuple):
@@ -69,7 +72,7 @@ class Total(NamedTuple):
 
 def values_are_checked(tensor: Tensor) -> bool:
     """Whether looking at values is possible and costs nothing much."""
-    return (tensor.device.type == "cpu" or debugging) and values_are_known()
+    return (tensor.device.type == "cpu" or debug.enabled) and values_are_known()
 
 
 def side(name: str, source: Source, vocab_size: int | None) -> tuple[Side, torch.Size, int]:

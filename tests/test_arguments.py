@@ -460,3 +460,19 @@ def test_error_of_autocast_free_heads_says_when_dtypes_may_differ() -> None:
         kd.LMHead(**arguments)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         kd.LMHead(**arguments)
+
+
+def test_debug_holds_until_told_otherwise_or_for_a_block() -> None:
+    from kdkernels.arguments import values_are_checked
+
+    elsewhere = torch.empty(1, device="meta")
+    assert not values_are_checked(elsewhere)
+    with kd.debug(True):
+        assert values_are_checked(elsewhere)
+    assert not values_are_checked(elsewhere)
+    kd.debug(True)
+    try:
+        assert values_are_checked(elsewhere)
+    finally:
+        kd.debug(False)
+    assert not values_are_checked(elsewhere)

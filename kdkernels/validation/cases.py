@@ -186,7 +186,7 @@ def logit_cases(vocabularies: Sequence[int], odd: int, wide: int) -> list[Case]:
     ]
 
 
-def head_cases(vocabularies: Sequence[int], odd: int, wide: int) -> list[Case]:
+def head_cases(vocabularies: Sequence[int], odd: int) -> list[Case]:
     """Cases where both sides are language-model heads."""
     return [
         *plain_cases(vocabularies),
@@ -195,5 +195,5 @@ def head_cases(vocabularies: Sequence[int], odd: int, wide: int) -> list[Case]:
         ),
         Case("softcap, labels", odd, softcap=5.0, labels=True),
         Case("masked tokens holding NaN, weights", odd, masked_rows=True, per_token=True),
-        Case("one token per chunk", wide, many_chunks=True, bias=True, labels=True),
+        Case("one token per chunk", odd, many_chunks=True, bias=True, labels=True),
     ]

@@ -95,7 +95,7 @@ def make_plan(
 ) -> Plan:
     vocabularies = FEWER_VOCABULARIES if quick else VOCABULARIES
     logits = tuple(logit_cases(vocabularies, ODD_VOCABULARY, WIDE_VOCABULARY))
-    heads = tuple(head_cases(vocabularies[:-1], ODD_VOCABULARY, WIDE_VOCABULARY))
+    heads = tuple(head_cases(vocabularies[:-1], ODD_VOCABULARY))
     plan = []
     for name in names:
         for divergence in divergences:
