@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from typing import NamedTuple
 
 import torch
