@@ -67,7 +67,7 @@ def distillation_loss(
         temperature_squared: multiplies the divergence by ``temperature ** 2``, which keeps its gradient's size (Hinton et
             al. 2015); never done unasked.
         vocab_size: use only the first so many entries of either vocabulary, for padded heads.
-        memory_budget: bytes for the temporary logits of LMHead sources; None: 160 MiB on the CPU, 1 GiB on a GPU.
+        memory_budget: bytes for the temporary logits of LMHead sources; None: 128 MiB on the CPU, 1 GiB on a GPU.
         gradient_tolerance: only 0, the exact gradient.
         process_group: only None, an unsharded vocabulary.
         backend: "reference", "cpu" or "triton"; None takes the best available, and in ``torch.func`` transformations and

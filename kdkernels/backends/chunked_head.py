@@ -18,7 +18,7 @@ from kdkernels.backends.rows import RowSpec, Side, compute_dtype
 
 __all__ = ["DEFAULT_BUDGET", "Needs", "SideGradients", "divergence", "divergence_with_gradients", "statistics"]
 
-DEFAULT_BUDGET = {"cpu": 160 << 20, "cuda": 1 << 30}
+DEFAULT_BUDGET = {"cpu": 128 << 20, "cuda": 1 << 30}
 """Bytes of temporary logits by device type. Larger chunks on the CPU bring no speed."""
 
 
