@@ -34,6 +34,18 @@ void* thread_scratch(int64_t bytes) {
   return memory.get();
 }
 
+void populate(void* data, int64_t bytes) {
+#if defined(MADV_POPULATE_WRITE)
+  constexpr uintptr_t page = 4096;  // or a divisor of the real size, which the call then refuses
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (begin + page - 1) / page * page;
+  const uintptr_t last = (begin + static_cast<uintptr_t>(bytes)) / page * page;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_POPULATE_WRITE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
 namespace {
 
 // The kernels of one instruction set.
@@ -97,22 +109,6 @@ Matrix matrix(Address data, int64_t stride, int dtype) {
 
 PerRow per_row(double value, Address values) { return {reinterpret_cast<const void*>(values), value}; }
 
-// Asks for huge pages where a large result is about to be written for the first time: faulting in
-// single pages takes longer than the kernel does. A hint; without effect on pages that are there.
-void expect_large(const Matrix& result, const RowProblem& problem) {
-#if defined(__linux__)
-  constexpr uintptr_t huge_page = 2 << 20;
-  if (!result.data || result.data == problem.student.data || result.data == problem.teacher.data) return;
-  const int64_t size = result.dtype == DType::float64 ? 8 : result.dtype == DType::float32 ? 4 : 2;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(result.data);
-  const uintptr_t first = (begin + huge_page - 1) / huge_page * huge_page;
-  const uintptr_t last = (begin + static_cast<uintptr_t>(problem.rows * result.stride * size)) / huge_page * huge_page;
-  if (last > first + 4 * huge_page) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)result, (void)problem;
-#endif
-}
-
 void check_labels(const RowProblem& problem) {
   if (!problem.labels) return;
   for (int64_t row = 0; row < problem.rows; ++row) {
@@ -163,7 +159,7 @@ void divergence(int threads, bool compute_double, int64_t rows, int64_t vocab, A
                 Address active, int kind, double a, double b, Address divergence, Address cross_entropy,
                 double grad_divergence, Address grad_divergences, double grad_cross_entropy,
                 Address grad_cross_entropies, Address grad_student, int64_t grad_student_stride, Address grad_teacher,
-                int64_t grad_teacher_stride, Address total) {
+                int64_t grad_teacher_stride, Address total, bool fresh_gradients) {
   RowProblem problem =
       sides(threads, compute_double, rows, vocab, matrix(student, student_stride, student_dtype),
             matrix(teacher, teacher_stride, teacher_dtype), per_row(student_temperature, student_temperatures),
@@ -179,8 +175,7 @@ void divergence(int threads, bool compute_double, int64_t rows, int64_t vocab, A
   problem.grad_teacher = matrix(grad_teacher, grad_teacher_stride, teacher_dtype);
   std::unique_ptr<double[]> weighted(total ? new double[static_cast<size_t>(rows)] : nullptr);
   problem.weighted = weighted.get();
-  expect_large(problem.grad_student, problem);
-  expect_large(problem.grad_teacher, problem);
+  problem.fresh_gradients = fresh_gradients;
   launch(chosen().divergence, problem);
   if (!total) return;
   // In the order of the rows, so that it does not depend on the threads.

@@ -131,7 +131,7 @@ def show(results: Results, files: Iterable[Path], console: Console) -> None:
     if results.time or results.peak_memory:
         console.print(cost_table(results))
     if results.agreement is not None:
-        console.print(describe_agreement(results.agreement))
+        console.print(agreement_table(results))
     for file in files:
         console.print(f"written: {file}", highlight=False)
 
@@ -183,11 +183,20 @@ def cost_table(results: Results) -> Table:
     return table
 
 
-def describe_agreement(agreement: Mapping[str, object]) -> str:
-    verdict = "agree" if agreement["agree"] else "DISAGREE"
-    return (
-        f"Fused and plain PyTorch {verdict} on the trained student: loss {agreement['fused_loss']:.6f} and "
-        f"{agreement['plain_loss']:.6f}; relative difference of the gradients "
-        f"{agreement['hidden_gradient_relative_error']:.1e} (hidden states), "
-        f"{agreement['weight_gradient_relative_error']:.1e} (head weight)."
-    )
+def agreement_table(results: Results) -> Table:
+    agreement = results.agreement
+    verdict = "fused and plain PyTorch agree" if agreement["agree"] else "[red]fused and plain PyTorch DISAGREE[/red]"
+    title = f"Same loss: {verdict} (relative error against float64)"
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    forms = {"fused": "fused", "plain": "plain PyTorch"}
+    for heading in forms.values():
+        table.add_column(heading, justify="right")
+    rows = {
+        "loss": f"loss ({agreement['float64_loss']:.4f})",
+        "hidden_gradient": "gradient to hidden states",
+        "weight_gradient": "gradient to head weight",
+    }
+    for key, name in rows.items():
+        table.add_row(name, *(f"{agreement[form]['relative_errors'][key]:.1e}" for form in forms))
+    return table

@@ -120,7 +120,8 @@ def test_measures_the_fused_loss_against_plain_pytorch(job, tmp_path: Path) -> N
     assert status == 0, output
     measured = read_results(tmp_path)["fused_against_plain"]
     assert measured["agreement"]["agree"] is True
-    assert measured["agreement"]["fused_loss"] == pytest.approx(measured["agreement"]["plain_loss"], rel=1e-5)
+    losses = [measured["agreement"][form]["loss"] for form in ("fused", "plain")]
+    assert losses == pytest.approx([measured["agreement"]["float64_loss"]] * 2, rel=1e-5)
     for part in PARTS:
         time = measured["time"][part]
         assert time["fused_seconds"] > 0
@@ -214,7 +215,25 @@ def test_both_forms_of_every_loss_agree(divergence: str) -> None:
     settings = LossSettings(divergence, DIVERGENCES[divergence].defaults, temperature=1.5)
     agreement = step_cost.measure_agreement(settings, inputs)
     assert agreement["agree"], agreement
-    assert agreement["fused_loss"] > 0.01
+    assert agreement["float64_loss"] > 0.01
+    assert max(agreement["fused"]["relative_errors"].values()) < 1e-5
+
+
+def test_a_wrong_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 5, 16), torch.randn(2, 99, 16) / 4
+    inputs = (hidden[0].requires_grad_(), weight[0].requires_grad_(), hidden[1], weight[1])
+    settings = LossSettings()
+    right = step_cost.LOSSES["fused"](settings)
+
+    def wrong(student_hidden, *others):
+        """The right value, a gradient to the hidden states that is 0.1% too large."""
+        scaled = student_hidden + 1e-3 * (student_hidden - student_hidden.detach())
+        return right(scaled, *others)
+
+    assert step_cost.measure_agreement(settings, inputs)["agree"] is True
+    monkeypatch.setattr(step_cost, "LOSSES", {**step_cost.LOSSES, "fused": lambda settings: wrong})
+    assert step_cost.measure_agreement(settings, inputs)["agree"] is False
 
 
 def test_a_student_with_every_layer_is_the_teacher(tiny_teacher: torch.nn.Module) -> None:

@@ -294,6 +294,9 @@ class Row {
     const bool to_student = problem_.grad_student.data, to_teacher = problem_.grad_teacher.data;
     const Real upstream = per_row<Real>(problem_.grad_divergence, row_);
     const Real label_upstream = problem_.labels ? per_row<Real>(problem_.grad_cross_entropy, row_) : Real(0);
+    for (const Matrix& gradient : {problem_.grad_student, problem_.grad_teacher})
+      if (problem_.fresh_gradients && gradient.data && streams(gradient))
+        populate(entry_address(gradient, row_, 0), problem_.vocab * sizeof(Real));
     const bool label_softmax_apart = label_temperature_differs_ && label_upstream != Real(0);
     const bool logs =
         (to_student && Traits::logs_for_student_gradient) || (to_teacher && Traits::logs_for_teacher_gradient);

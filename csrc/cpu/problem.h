@@ -45,9 +45,10 @@ struct RowProblem {
   void* cross_entropy = nullptr;  // [rows] if labels
   PerRow grad_divergence;         // what the result gives to each value
   PerRow grad_cross_entropy;
-  double* weighted = nullptr;  // [rows]: grad_divergence * divergence + grad_cross_entropy * cross_entropy
-  Matrix grad_student;         // may share the storage of student
-  Matrix grad_teacher;         // may share the storage of teacher
+  double* weighted = nullptr;    // [rows]: grad_divergence * divergence + grad_cross_entropy * cross_entropy
+  Matrix grad_student;           // may share the storage of student
+  Matrix grad_teacher;           // may share the storage of teacher
+  bool fresh_gradients = false;  // nobody has written them yet: their pages may be missing
 
   void* statistics = nullptr;  // [rows, statistics_count]
   int64_t* argmax = nullptr;   // [rows, 2]
@@ -58,6 +59,10 @@ constexpr int statistics_count = 10;
 // A buffer of this thread, at least `bytes` long and aligned to 64; it is kept between calls.
 // Null if there is no memory.
 void* thread_scratch(int64_t bytes);
+
+// Brings the pages of a large result that is about to be written into memory, which costs less at
+// once than page by page. A hint: nothing happens where the system cannot, or where they are there.
+void populate(void* data, int64_t bytes);
 
 // One entry point per instruction set and family. False: out of memory.
 #define KD_DECLARE_CPU_KERNELS(isa)                 \

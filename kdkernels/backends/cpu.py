@@ -95,6 +95,7 @@ def _launch(
     grad_student: Tensor | None = None,
     grad_teacher: Tensor | None = None,
     total: Tensor | None = None,
+    fresh_gradients: bool = False,
 ) -> None:
     _module().divergence(
         *_sides(student, teacher, spec),
@@ -108,6 +109,7 @@ def _launch(
         *((0, 0) if grad_student is None else (grad_student.data_ptr(), grad_student.stride(0))),
         *((0, 0) if grad_teacher is None else (grad_teacher.data_ptr(), grad_teacher.stride(0))),
         _address(total),
+        fresh_gradients,
     )
 
 
@@ -169,9 +171,21 @@ def divergence_total(
     grad_student: Tensor | None,
     grad_teacher: Tensor | None,
 ) -> Tensor:
-    """The sum over the rows of scale times value, and its gradients; nothing is kept per row."""
+    """The sum over the rows of scale times value, and its gradients; nothing is kept per row.
+
+    The gradients' memory is taken for new: missing pages are brought in a row at a time, not one by one as they fault.
+    """
     total = torch.empty((), dtype=compute_dtype(student, teacher))
-    _launch(student, teacher, spec, scales, grad_student=grad_student, grad_teacher=grad_teacher, total=total)
+    _launch(
+        student,
+        teacher,
+        spec,
+        scales,
+        grad_student=grad_student,
+        grad_teacher=grad_teacher,
+        total=total,
+        fresh_gradients=True,
+    )
     return total
 
 
