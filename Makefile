@@ -13,7 +13,7 @@ ARGS ?=
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test test-fast test-sanitize bench lint format clean
+.PHONY: help venv build demo test test-fast test-sanitize bench benchmarks lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -50,6 +50,9 @@ demo: build $(VENV)/.teacher  ## distil from a real teacher; results in out/
 
 bench: build  ## time ours against plain PyTorch
 	$(BIN)/kdkernels bench $(ARGS)
+
+benchmarks: build  ## measure what the README reports; tables and pictures in out/benchmarks
+	$(BIN)/pytest benchmarks $(ARGS)
 
 # --- checks ------------------------------------------------------------------------------------------------------------
 

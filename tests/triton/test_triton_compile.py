@@ -52,8 +52,17 @@ def check(result: Compiled) -> None:
     assert result.shuffles_in_loops in (0, None)
 
 
-@pytest.mark.parametrize("case", routine(), ids=str)
+SMOKE = [Case(kernel, "sm_90", "bf16", JSD) for kernel in DIVERGENCE_KERNELS]
+
+
+@pytest.mark.parametrize("case", SMOKE, ids=str)
 def test_compiles_without_spills(case: Case, compiler: Compiler) -> None:
+    check(compiler(aot.compile_case, case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in routine() if case not in SMOKE], ids=str)
+def test_routine_cases_compile_without_spills(case: Case, compiler: Compiler) -> None:
     check(compiler(aot.compile_case, case))
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from kdkernels.backends.rows import STATISTICS, RowSpec
 
+pytestmark = pytest.mark.slow
+
 FORWARD_KL, REVERSE_KL, JEFFREYS, JSD, SKEW_FORWARD_KL, SKEW_REVERSE_KL, TVD, ALPHA, RENYI, AB = range(10)
 KINDS = {
     FORWARD_KL: "forward_kl",
