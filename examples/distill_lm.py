@@ -25,11 +25,15 @@ from __future__ import annotations
 
 import enum
 import math
+import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
+
+# Read when torch is imported. A waiting thread gives its core away: spinning ones slow a busy machine down several times.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import smollm2
 import torch
