@@ -20,7 +20,7 @@ from kdkernels.divergences import (
     SkewReverseKL,
 )
 from kdkernels.functional import distillation_loss, token_statistics
-from kdkernels.sources import LMHead, Logits
+from kdkernels.sources import LMHead, Logits, PackedLogits, SampledLogits, TopKLogits
 from kdkernels.statistics import TokenStatistics
 
 try:
@@ -40,11 +40,14 @@ __all__ = [
     "Jeffreys",
     "LMHead",
     "Logits",
+    "PackedLogits",
     "Renyi",
     "ReverseKL",
+    "SampledLogits",
     "SkewForwardKL",
     "SkewReverseKL",
     "TokenStatistics",
+    "TopKLogits",
     "backends",
     "debug",
     "distillation_loss",

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-__all__ = ["LOGIT_DTYPES", "check_flag", "check_floating", "check_integer", "check_real", "is_real"]
+__all__ = [
+    "ID_DTYPES",
+    "LOGIT_DTYPES",
+    "check_choice",
+    "check_flag",
+    "check_floating",
+    "check_integer",
+    "check_integral",
+    "check_real",
+    "is_real",
+]
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ID_DTYPES = (torch.int64, torch.int32)
 
 
 def is_real(value: object) -> TypeGuard[float]:
@@ -42,12 +54,30 @@ def check_flag(name: str, value: object) -> bool:
     raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
+def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
+    """``value``, which must be one of the names."""
+    if isinstance(value, str) and value in choices:
+        return value
+    raise (ValueError if isinstance(value, str) else TypeError)(
+        f"{name} must be one of {', '.join(choices)}, got {value!r}"
+    )
+
+
 def check_floating(name: str, value: Any) -> None:
     """``value`` must be a dense floating-point tensor of a supported type."""
+    check_dense(name, value, LOGIT_DTYPES)
+
+
+def check_integral(name: str, value: Any) -> None:
+    """``value`` must be a dense tensor of token ids."""
+    check_dense(name, value, ID_DTYPES)
+
+
+def check_dense(name: str, value: Any, dtypes: Sequence[torch.dtype]) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype not in LOGIT_DTYPES:
-        allowed = ", ".join(str(dtype) for dtype in LOGIT_DTYPES)
+    if value.dtype not in dtypes:
+        allowed = ", ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name} must have one of the dtypes {allowed}, got {value.dtype}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kdkernels.autocast import autocast_dtype
-from kdkernels.checks import check_flag, check_floating, check_real
+from kdkernels.checks import check_choice, check_flag, check_floating, check_integer, check_integral, check_real
 
-__all__ = ["LMHead", "Logits", "Source"]
+__all__ = [
+    "CODECS",
+    "MAX_VOCAB_SIZE",
+    "TAILS",
+    "LMHead",
+    "Logits",
+    "PackedLogits",
+    "SampledLogits",
+    "Source",
+    "SparseTeacher",
+    "TopKLogits",
+]
+
+TAILS = ("bucket", "renormalize", "uniform", "drop")
+"""What a truncated teacher says about the vocabulary it does not name."""
+
+CODECS = ("q4", "q6", "q8", "bf16")
+"""How log-probabilities are stored: bits per value, uniform in the distance from the row's largest, or a bfloat16."""
+
+MAX_VOCAB_SIZE = 1 << 24
+"""Of sparse teachers: a token id takes at most 24 bits."""
 
 
 class Logits:
@@ -85,4 +106,166 @@ class LMHead:
             raise ValueError("LMHead: logit_scale must be a number other than 0, got 0")
 
 
+def check_sparse_vocab_size(owner: str, vocab_size: object) -> int:
+    size = check_integer(f"{owner}: vocab_size", vocab_size)
+    if not 1 <= size <= MAX_VOCAB_SIZE:
+        raise ValueError(f"{owner}: vocab_size must be between 1 and {MAX_VOCAB_SIZE}, got {size}")
+    return size
+
+
+def check_entries(owner: str, ids: object, values_name: str, values: Tensor) -> None:
+    """Ids and the values that go with them: [..., K], on one device."""
+    check_integral(f"{owner}: ids", ids)
+    check_floating(f"{owner}: {values_name}", values)
+    assert isinstance(ids, Tensor)
+    if ids.dim() < 1:
+        raise ValueError(f"{owner}: ids must have the shape [..., K], got a 0-d tensor")
+    if ids.shape != values.shape:
+        raise ValueError(
+            f"{owner}: ids and {values_name} must have the same shape [..., K], "
+            f"got {tuple(ids.shape)} and {tuple(values.shape)}"
+        )
+    if ids.device != values.device:
+        raise ValueError(f"{owner}: ids are on {ids.device} and {values_name} on {values.device}")
+
+
+def check_per_token(owner: str, name: str, value: Tensor, like: Tensor) -> None:
+    """A floating-point number per token of ``like`` [..., K]."""
+    check_floating(f"{owner}: {name}", value)
+    if value.shape != like.shape[:-1]:
+        raise ValueError(f"{owner}: {name} must have the shape {tuple(like.shape[:-1])}, got {tuple(value.shape)}")
+    if value.device != like.device:
+        raise ValueError(f"{owner}: {name} is on {value.device} and ids on {like.device}")
+
+
+class TopKLogits:
+    """A truncated teacher: some token ids per token, with their log-probabilities over the full vocabulary.
+
+    Args:
+        ids: token ids ``[..., K]``, int64 or int32, in any order, each at most once per token; -1 where there is no entry.
+        log_probs: ``[..., K]``, the logarithm of the probability over the FULL vocabulary. Never requires grad.
+        vocab_size: entries of the vocabulary, at most 2^24.
+        tail: what stands for the rest of the vocabulary, which has the probability ``r = 1 - sum exp(log_probs)``:
+            "bucket": one outcome of probability r, on both sides;
+            "renormalize": nothing, the teacher is divided by ``1 - r``; the student keeps its full vocabulary;
+            "uniform": r spread evenly over the ids that are not named;
+            "drop": only the terms of the named ids are summed, which is no divergence and may be negative.
+        temperature: the temperature of the softmax that ``log_probs`` come from.
+        log_tail_mass: ``[...]``, the logarithm of r, where it is known better than from the difference.
+    """
+
+    __slots__ = ("ids", "log_probs", "log_tail_mass", "tail", "temperature", "vocab_size")
+
+    def __init__(
+        self,
+        ids: Tensor,
+        log_probs: Tensor,
+        *,
+        vocab_size: int,
+        tail: str = "bucket",
+        temperature: float = 1.0,
+        log_tail_mass: Tensor | None = None,
+    ) -> None:
+        check_entries("TopKLogits", ids, "log_probs", log_probs)
+        if log_tail_mass is not None:
+            check_per_token("TopKLogits", "log_tail_mass", log_tail_mass, ids)
+        self.ids = ids
+        self.log_probs = log_probs
+        self.vocab_size = check_sparse_vocab_size("TopKLogits", vocab_size)
+        self.tail = check_choice("TopKLogits: tail", tail, TAILS)
+        self.temperature = check_real("TopKLogits: temperature", temperature, positive=True)
+        self.log_tail_mass = log_tail_mass
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """The shape ``[...]`` of the tokens."""
+        return self.ids.shape[:-1]
+
+
+class SampledLogits:
+    """A sampled teacher: token ids drawn with replacement, weighted so that sums over them are unbiased.
+
+    ``sum_j weights[j] g(ids[j])`` has the expectation ``sum_v p_v g(v)`` (Sparse Logit Sampling, arXiv 2503.16870). So only
+    what is linear in the teacher's probabilities can be computed from it: the forward KL.
+
+    Args:
+        ids: token ids ``[..., n]``, int64 or int32; the same id may occur repeatedly; -1 where there is no entry.
+        weights: ``[..., n]``, non-negative.
+        vocab_size: entries of the vocabulary, at most 2^24.
+        entropy: ``[...]``, the teacher's entropy in nats, which turns the cross-entropy into the KL divergence; None: the
+            loss is the cross-entropy, with the same gradient.
+        temperature: the temperature of the teacher that was sampled (not of the proposal).
+    """
+
+    __slots__ = ("entropy", "ids", "temperature", "vocab_size", "weights")
+
+    def __init__(
+        self,
+        ids: Tensor,
+        weights: Tensor,
+        *,
+        vocab_size: int,
+        entropy: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        check_entries("SampledLogits", ids, "weights", weights)
+        if entropy is not None:
+            check_per_token("SampledLogits", "entropy", entropy, ids)
+        self.ids = ids
+        self.weights = weights
+        self.vocab_size = check_sparse_vocab_size("SampledLogits", vocab_size)
+        self.entropy = entropy
+        self.temperature = check_real("SampledLogits: temperature", temperature, positive=True)
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """The shape ``[...]`` of the tokens."""
+        return self.ids.shape[:-1]
+
+
+class PackedLogits:
+    """A truncated teacher as stored: one record of bytes per token, see ``csrc/math/records.h`` for the format.
+
+    Args:
+        data: the records of all tokens, one after another in the order of ``counts``, uint8 ``[bytes]``.
+        counts: entries per token ``[...]``, int32; a token without entries has no record.
+        vocab_size: entries of the vocabulary, at most 2^24.
+        codec: "q4", "q6", "q8" or "bf16".
+        tail, temperature: as in ``TopKLogits``.
+    """
+
+    __slots__ = ("codec", "counts", "data", "tail", "temperature", "vocab_size")
+
+    def __init__(
+        self,
+        data: Tensor,
+        counts: Tensor,
+        *,
+        vocab_size: int,
+        codec: str,
+        tail: str = "bucket",
+        temperature: float = 1.0,
+    ) -> None:
+        for name, tensor, dtype in (("data", data, torch.uint8), ("counts", counts, torch.int32)):
+            if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.layout != torch.strided:
+                given = f"a {tensor.layout} tensor of {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor)
+                raise TypeError(f"PackedLogits: {name} must be a dense {dtype} tensor, got {given}")
+        if data.dim() != 1:
+            raise ValueError(f"PackedLogits: data must have the shape [bytes], got {tuple(data.shape)}")
+        if data.device != counts.device:
+            raise ValueError(f"PackedLogits: data is on {data.device} and counts on {counts.device}")
+        self.data = data
+        self.counts = counts
+        self.vocab_size = check_sparse_vocab_size("PackedLogits", vocab_size)
+        self.codec = check_choice("PackedLogits: codec", codec, CODECS)
+        self.tail = check_choice("PackedLogits: tail", tail, TAILS)
+        self.temperature = check_real("PackedLogits: temperature", temperature, positive=True)
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """The shape ``[...]`` of the tokens."""
+        return self.counts.shape
+
+
 Source = Tensor | Logits | LMHead
+SparseTeacher = TopKLogits | SampledLogits | PackedLogits
