@@ -70,7 +70,7 @@ test-sanitize: venv  ## run the quick tests on an extension built with ASan and 
 	CMAKE_ARGS=-DKD_SANITIZE=ON KDKERNELS_CPU=1 $(PIP) install --quiet --no-build-isolation --no-deps \
 		--target $(SANITIZED) .
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(CURDIR)/$(SANITIZED) \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 KDKERNELS_TEST_SERIAL_SUMS=1 PYTHONPATH=$(CURDIR)/$(SANITIZED) \
 		$(BIN)/pytest $(or $(ARGS),-m "not slow" --ignore=tests/triton)
 
 lint: venv  ## check formatting, lint and types
