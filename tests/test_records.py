@@ -28,7 +28,7 @@ def random_rows(rows: int, width: int, vocab: int, seed: int = 0) -> tuple[Tenso
             [torch.randint(vocab, (2 * width + 9,), generator=generator).unique()[:width] for _ in range(rows)]
         )
         ids = ids[:, torch.randperm(width, generator=generator)]
-    logits = torch.randn(rows, width, generator=generator) * torch.logspace(-2, 1, rows)[:, None]
+    logits = torch.randn(rows, width, generator=generator) * torch.logspace(-2, 0.6, rows)[:, None]
     head = torch.sigmoid(torch.randn(rows, generator=generator) * 3) if width < vocab else torch.ones(rows)
     log_probs = torch.log_softmax(logits.double(), -1) + head.double().log()[:, None]
     return ids, log_probs.float(), torch.log1p(-head.double()).float()
