@@ -53,10 +53,12 @@ struct Kernels {
   const char* name;
   bool (*divergence)(const RowProblem&);
   bool (*token_statistics)(const RowProblem&);
+  bool (*pack_records)(RecordProblem&);
+  bool (*unpack_records)(RecordProblem&);
 };
 
 #define KD_KERNELS(isa) \
-  Kernels { #isa, isa::divergence, isa::token_statistics }
+  Kernels { #isa, isa::divergence, isa::token_statistics, isa::pack_records, isa::unpack_records }
 
 bool processor_has(const std::string& isa) {
 #if defined(KD_HAVE_X86_ISAS)
@@ -202,6 +204,50 @@ void token_statistics(int threads, bool compute_double, int64_t rows, int64_t vo
   launch(chosen().token_statistics, problem);
 }
 
+RecordProblem records(int threads, int64_t rows, int64_t width, int64_t vocab, int bits, Address counts,
+                      Address offsets, Address data) {
+  RecordProblem problem;
+  problem.rows = rows;
+  problem.width = width;
+  problem.vocab = vocab;
+  problem.bits = bits;
+  // Below this a second thread costs more than it brings.
+  problem.threads = rows * width < 8192 ? 1 : threads;
+  problem.counts = reinterpret_cast<const int32_t*>(counts);
+  problem.offsets = reinterpret_cast<const int64_t*>(offsets);
+  problem.data = reinterpret_cast<uint8_t*>(data);
+  return problem;
+}
+
+// The first row that is malformed, or the number of rows.
+int64_t launch(bool (*kernel)(RecordProblem&), RecordProblem& problem) {
+  bool done;
+  {
+    py::gil_scoped_release release;
+    done = kernel(problem);
+  }
+  if (!done) throw std::bad_alloc();
+  return problem.wrong_row;
+}
+
+int64_t pack_records(int threads, int64_t rows, int64_t width, int64_t vocab, int bits, Address counts, Address offsets,
+                     Address data, Address ids, Address log_probs, Address log_tail_mass) {
+  RecordProblem problem = records(threads, rows, width, vocab, bits, counts, offsets, data);
+  problem.ids = reinterpret_cast<const int64_t*>(ids);
+  problem.log_probs = reinterpret_cast<const float*>(log_probs);
+  problem.log_tail_mass = reinterpret_cast<const float*>(log_tail_mass);
+  return launch(chosen().pack_records, problem);
+}
+
+int64_t unpack_records(int threads, int64_t rows, int64_t width, int64_t vocab, int bits, Address counts,
+                       Address offsets, Address data, Address ids, Address log_probs, Address log_tail_mass) {
+  RecordProblem problem = records(threads, rows, width, vocab, bits, counts, offsets, data);
+  problem.decoded_ids = reinterpret_cast<int64_t*>(ids);
+  problem.decoded_log_probs = reinterpret_cast<float*>(log_probs);
+  problem.decoded_log_tail_mass = reinterpret_cast<float*>(log_tail_mass);
+  return launch(chosen().unpack_records, problem);
+}
+
 }  // namespace
 }  // namespace kd
 
@@ -209,6 +255,8 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "CPU kernels of kdkernels. Addresses and sizes are trusted: call through kdkernels.backends.cpu.";
   module.def("divergence", &kd::divergence);
   module.def("token_statistics", &kd::token_statistics);
+  module.def("pack_records", &kd::pack_records);
+  module.def("unpack_records", &kd::unpack_records);
   module.def("isa", [] { return kd::chosen().name; }, "Instruction set of the kernels in use.");
   module.def(
       "isas",

@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from kdkernels import reference
+from kdkernels import reference, store
 from kdkernels.arguments import debug
 from kdkernels.backends import BackendStatus, backends
 from kdkernels.divergences import (
@@ -52,5 +52,6 @@ __all__ = [
     "debug",
     "distillation_loss",
     "reference",
+    "store",
     "token_statistics",
 ]

@@ -56,6 +56,31 @@ struct RowProblem {
 
 constexpr int statistics_count = 10;
 
+// Tokens of the `records` family, see math/records.h. Rows are tokens; all arrays are contiguous.
+struct RecordProblem {
+  int64_t rows = 0;
+  int64_t width = 0;  // entries per row of ids and log-probabilities
+  int64_t vocab = 0;
+  int bits = 0;
+  int threads = 1;
+
+  const int32_t* counts = nullptr;   // [rows], entries of each row, at most width and vocab
+  const int64_t* offsets = nullptr;  // [rows], where in data a record begins
+  uint8_t* data = nullptr;
+
+  // Packing: [rows, width] in any order, id -1 or log-probability -inf: no entry; [rows].
+  const int64_t* ids = nullptr;
+  const float* log_probs = nullptr;
+  const float* log_tail_mass = nullptr;
+
+  // Unpacking: the same, ids ascending.
+  int64_t* decoded_ids = nullptr;
+  float* decoded_log_probs = nullptr;
+  float* decoded_log_tail_mass = nullptr;
+
+  int64_t wrong_row = 0;  // the result: the first row that is malformed, or `rows`
+};
+
 // A buffer of this thread, at least `bytes` long and aligned to 64; it is kept between calls.
 // Null if there is no memory.
 void* thread_scratch(int64_t bytes);
@@ -69,6 +94,8 @@ void populate(void* data, int64_t bytes);
   namespace isa {                                   \
   bool divergence(const RowProblem& problem);       \
   bool token_statistics(const RowProblem& problem); \
+  bool pack_records(RecordProblem& problem);        \
+  bool unpack_records(RecordProblem& problem);      \
   }
 KD_DECLARE_CPU_KERNELS(baseline)
 KD_DECLARE_CPU_KERNELS(avx2)

@@ -1,0 +1,46 @@
+"""The codec family ``records`` as the store uses it: natively where that is possible, also in a forked process."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from kdkernels.backends import cpu
+from kdkernels.records import record_sizes
+from kdkernels.reference import records as reference
+
+__all__ = ["pack", "record_sizes", "unpack"]
+
+
+class Process:
+    """The process that this module was imported in, or that has seen to its threads since."""
+
+    pid = os.getpid()
+
+
+def prepare() -> bool:
+    """Whether to use the native codec. A forked process computes in one thread from then on.
+
+    For libgomp, the OpenMP runtime of torch and of the extension, waits for ever in a forked child for threads that stayed
+    with its parent.
+    """
+    if Process.pid != os.getpid():
+        torch.set_num_threads(1)
+        Process.pid = os.getpid()
+    return cpu.status()[0]
+
+
+def pack(
+    ids: Tensor, log_probs: Tensor, log_tail_mass: Tensor | None, vocab_size: int, bits: int
+) -> tuple[Tensor, Tensor]:
+    """Records of ids and log-probabilities ``[N, K]``: their bytes, and the entries of each, int32 ``[N]``."""
+    backend = cpu if prepare() else reference
+    return backend.pack_records(ids, log_probs, log_tail_mass, vocab_size, bits)
+
+
+def unpack(data: Tensor, counts: Tensor, vocab_size: int, bits: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids and log-probabilities ``[N, width]`` and the log tail mass ``[N]`` of ``N`` records; ValueError if malformed."""
+    backend = cpu if prepare() else reference
+    return backend.unpack_records(data, counts, vocab_size, bits, width)
