@@ -34,6 +34,7 @@ class Description:
         k, top_p: how the teacher was cut, where known.
         tokenizer: fingerprint of the tokenizer, see ``tokenizer_fingerprint``.
         teacher: which model it was.
+        data: what it read.
     """
 
     vocab_size: int
@@ -44,6 +45,7 @@ class Description:
     top_p: float | None = None
     tokenizer: str | None = None
     teacher: str | None = None
+    data: str | None = None
 
     @property
     def bits(self) -> int:
@@ -86,10 +88,8 @@ class Description:
         top_p = given.optional("top_p", given.number)
         if top_p is not None and not 0 < top_p <= 1:
             raise given.error("top_p", f"must lie in (0, 1], not {top_p}")
-        tokenizer, teacher = (
-            given.optional(key, lambda key: given.text(key, LONGEST_NAME)) for key in ("tokenizer", "teacher")
-        )
-        return Description(vocab_size, codec, tail, temperature, k, top_p, tokenizer, teacher)
+        names = [given.optional(key, lambda key: given.text(key, LONGEST_NAME)) for key in ("tokenizer", "teacher", "data")]
+        return Description(vocab_size, codec, tail, temperature, k, top_p, *names)
 
     @staticmethod
     def check(
@@ -102,6 +102,7 @@ class Description:
         top_p: object,
         tokenizer: object,
         teacher: object,
+        data: object,
     ) -> Description:
         """From a caller's arguments."""
         size = check_sparse_vocab_size("store.write", vocab_size)
@@ -113,10 +114,6 @@ class Description:
         mass = None if top_p is None else check_real("store.write: top_p", top_p, positive=True)
         if mass is not None and mass > 1:
             raise ValueError(f"store.write: top_p must lie in (0, 1], got {top_p}")
-        if teacher is not None and (not isinstance(teacher, str) or len(teacher) > LONGEST_NAME):
-            raise TypeError(
-                f"store.write: teacher must be a name of at most {LONGEST_NAME} characters, got {teacher!r}"
-            )
         return Description(
             size,
             check_choice("store.write: codec", codec, CODECS),
@@ -125,8 +122,15 @@ class Description:
             entries,
             mass,
             None if tokenizer is None else tokenizer_fingerprint(tokenizer),
-            teacher,
+            check_name("teacher", teacher),
+            check_name("data", data),
         )
+
+
+def check_name(argument: str, value: object) -> str | None:
+    if value is None or (isinstance(value, str) and len(value) <= LONGEST_NAME):
+        return value
+    raise TypeError(f"store.write: {argument} must be a name of at most {LONGEST_NAME} characters, got {value!r}")
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -31,6 +31,7 @@ def write(
     codec: str = "q6",
     tokenizer: Any = None,
     teacher: str | None = None,
+    data: str | None = None,
     k: int | None = None,
     top_p: float | None = None,
     temperature: float | None = None,
@@ -50,6 +51,7 @@ def write(
         codec: how log-probabilities are stored: "q4", "q6", "q8" or "bf16".
         tokenizer: a transformers tokenizer or its fingerprint (``kd.store.tokenizer_fingerprint``).
         teacher: a name for the model.
+        data: a name for what the teacher read, a fingerprint for instance.
         k, top_p: how the teacher is cut; kept for readers, and no token may have more than ``k`` entries.
         temperature, tail: of the sources that will be appended; None: those of the first. Later ones must have the same.
         shard_bytes: a shard is written when its records reach this size. As much is held in memory, and lost in a crash.
@@ -70,6 +72,7 @@ def write(
         top_p=top_p,
         tokenizer=tokenizer,
         teacher=teacher,
+        data=data,
     )
     open_fields = {
         name
@@ -80,6 +83,7 @@ def write(
             ("top_p", top_p),
             ("tokenizer", tokenizer),
             ("teacher", teacher),
+            ("data", data),
         )
         if value is None
     }
