@@ -56,6 +56,42 @@ struct RowProblem {
 
 constexpr int statistics_count = 10;
 
+// Rows of the `topk` family. Arrays whose element type is not said hold the compute type: double if
+// the logits are float64, else float.
+struct TopKProblem {
+  int64_t rows = 0;
+  int64_t vocab = 0;  // less than 2^31
+  int threads = 1;
+  bool compute_double = false;
+
+  Matrix source;
+  double temperature = 1;
+  double softcap = 0;  // 0: none
+
+  int64_t k = 0;                  // at most vocab
+  int64_t* ids = nullptr;         // [rows, k], -1 where there is no entry
+  void* log_probs = nullptr;      // [rows, k]
+  void* log_tail_mass = nullptr;  // [rows]
+};
+
+struct SampleProblem {
+  int64_t rows = 0;
+  int64_t vocab = 0;
+  int threads = 1;
+  bool compute_double = false;
+
+  Matrix source;
+  double temperature = 1;
+  double proposal_temperature = 1;  // of the distribution that is drawn from
+  double softcap = 0;
+
+  int64_t draws = 0;
+  const double* uniforms = nullptr;  // [rows, draws], in [0, 1)
+  int64_t* ids = nullptr;            // [rows, draws], -1 where nothing can be drawn
+  void* weights = nullptr;           // [rows, draws]
+  void* entropy = nullptr;           // [rows]
+};
+
 // A buffer of this thread, at least `bytes` long and aligned to 64; it is kept between calls.
 // Null if there is no memory.
 void* thread_scratch(int64_t bytes);
@@ -69,6 +105,8 @@ void populate(void* data, int64_t bytes);
   namespace isa {                                   \
   bool divergence(const RowProblem& problem);       \
   bool token_statistics(const RowProblem& problem); \
+  bool topk(const TopKProblem& problem);            \
+  bool sample(const SampleProblem& problem);        \
   }
 KD_DECLARE_CPU_KERNELS(baseline)
 KD_DECLARE_CPU_KERNELS(avx2)

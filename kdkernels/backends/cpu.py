@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends import native
-from kdkernels.backends.rows import STATISTICS, RowSpec, Scales, compute_dtype
+from kdkernels.backends.rows import STATISTICS, RowSpec, Scales, Tempering, compute_dtype
 
 __all__ = [
     "SAVED_STATISTICS",
@@ -16,9 +16,11 @@ __all__ = [
     "divergence_forward",
     "divergence_fused",
     "divergence_total",
+    "sample",
     "status",
     "supports",
     "token_statistics",
+    "topk",
 ]
 
 SAVED_STATISTICS = 0
@@ -195,3 +197,38 @@ def token_statistics(student: Tensor, teacher: Tensor | None, spec: RowSpec) -> 
     argmax = torch.empty(rows, 2, dtype=torch.int64)
     _module().token_statistics(*_sides(student, teacher, spec), values.data_ptr(), argmax.data_ptr())
     return values, argmax
+
+
+def _source(logits: Tensor) -> tuple[Any, ...]:
+    """The leading arguments of the kernels that read one matrix."""
+    dtype = _DTYPES[logits.dtype]
+    return (torch.get_num_threads(), dtype == _FLOAT64, *logits.shape, logits.data_ptr(), logits.stride(0), dtype)
+
+
+def topk(logits: Tensor, k: int, tempering: Tempering) -> tuple[Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
+    ids = torch.empty(rows, k, dtype=torch.int64)
+    log_probs = torch.empty(rows, k, dtype=compute_dtype(logits, None))
+    log_tail_mass = log_probs.new_empty(rows)
+    results = ids.data_ptr(), log_probs.data_ptr(), log_tail_mass.data_ptr()
+    _module().topk(*_source(logits), tempering.temperature, tempering.softcap, k, *results)
+    return ids, log_probs, log_tail_mass
+
+
+def sample(logits: Tensor, uniforms: Tensor, tempering: Tempering) -> tuple[Tensor, Tensor, Tensor]:
+    ids = torch.empty(uniforms.shape, dtype=torch.int64)
+    weights = torch.empty(uniforms.shape, dtype=compute_dtype(logits, None))
+    entropy = weights.new_empty(uniforms.shape[0])
+    uniforms = uniforms.contiguous()
+    _module().sample(
+        *_source(logits),
+        tempering.temperature,
+        tempering.proposal_temperature,
+        tempering.softcap,
+        uniforms.shape[1],
+        uniforms.data_ptr(),
+        ids.data_ptr(),
+        weights.data_ptr(),
+        entropy.data_ptr(),
+    )
+    return ids, weights, entropy
