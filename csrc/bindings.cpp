@@ -55,10 +55,14 @@ struct Kernels {
   bool (*token_statistics)(const RowProblem&);
   bool (*pack_records)(RecordProblem&);
   bool (*unpack_records)(RecordProblem&);
+  bool (*topk)(const TopKProblem&);
+  bool (*sample)(const SampleProblem&);
 };
 
-#define KD_KERNELS(isa) \
-  Kernels { #isa, isa::divergence, isa::token_statistics, isa::pack_records, isa::unpack_records }
+#define KD_KERNELS(isa)                                                                                          \
+  Kernels {                                                                                                      \
+    #isa, isa::divergence, isa::token_statistics, isa::pack_records, isa::unpack_records, isa::topk, isa::sample \
+  }
 
 bool processor_has(const std::string& isa) {
 #if defined(KD_HAVE_X86_ISAS)
@@ -122,8 +126,8 @@ void check_labels(const RowProblem& problem) {
   }
 }
 
-void launch(bool (*kernel)(const RowProblem&), RowProblem& problem) {
-  check_labels(problem);
+template <class Problem>
+void run(bool (*kernel)(const Problem&), Problem& problem) {
   // Below this a second thread costs more than it brings.
   if (problem.rows * problem.vocab < 32768) problem.threads = 1;
   if (problem.rows < problem.threads) problem.threads = problem.rows < 1 ? 1 : static_cast<int>(problem.rows);
@@ -133,6 +137,11 @@ void launch(bool (*kernel)(const RowProblem&), RowProblem& problem) {
     done = kernel(problem);
   }
   if (!done) throw std::bad_alloc();
+}
+
+void launch(bool (*kernel)(const RowProblem&), RowProblem& problem) {
+  check_labels(problem);
+  run(kernel, problem);
 }
 
 RowProblem sides(int threads, bool compute_double, int64_t rows, int64_t vocab, const Matrix& student,
@@ -248,6 +257,43 @@ int64_t unpack_records(int threads, int64_t rows, int64_t width, int64_t vocab, 
   return launch(chosen().unpack_records, problem);
 }
 
+void topk(int threads, bool compute_double, int64_t rows, int64_t vocab, Address source, int64_t stride, int dtype,
+          double temperature, double softcap, int64_t k, Address ids, Address log_probs, Address log_tail_mass) {
+  TopKProblem problem;
+  problem.rows = rows;
+  problem.vocab = vocab;
+  problem.threads = threads;
+  problem.compute_double = compute_double;
+  problem.source = matrix(source, stride, dtype);
+  problem.temperature = temperature;
+  problem.softcap = softcap;
+  problem.k = k;
+  problem.ids = reinterpret_cast<int64_t*>(ids);
+  problem.log_probs = reinterpret_cast<void*>(log_probs);
+  problem.log_tail_mass = reinterpret_cast<void*>(log_tail_mass);
+  run(chosen().topk, problem);
+}
+
+void sample(int threads, bool compute_double, int64_t rows, int64_t vocab, Address source, int64_t stride, int dtype,
+            double temperature, double proposal_temperature, double softcap, int64_t draws, Address uniforms,
+            Address ids, Address weights, Address entropy) {
+  SampleProblem problem;
+  problem.rows = rows;
+  problem.vocab = vocab;
+  problem.threads = threads;
+  problem.compute_double = compute_double;
+  problem.source = matrix(source, stride, dtype);
+  problem.temperature = temperature;
+  problem.proposal_temperature = proposal_temperature;
+  problem.softcap = softcap;
+  problem.draws = draws;
+  problem.uniforms = reinterpret_cast<const double*>(uniforms);
+  problem.ids = reinterpret_cast<int64_t*>(ids);
+  problem.weights = reinterpret_cast<void*>(weights);
+  problem.entropy = reinterpret_cast<void*>(entropy);
+  run(chosen().sample, problem);
+}
+
 }  // namespace
 }  // namespace kd
 
@@ -257,6 +303,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("token_statistics", &kd::token_statistics);
   module.def("pack_records", &kd::pack_records);
   module.def("unpack_records", &kd::unpack_records);
+  module.def("topk", &kd::topk);
+  module.def("sample", &kd::sample);
   module.def("isa", [] { return kd::chosen().name; }, "Instruction set of the kernels in use.");
   module.def(
       "isas",

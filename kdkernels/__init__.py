@@ -19,7 +19,7 @@ from kdkernels.divergences import (
     SkewForwardKL,
     SkewReverseKL,
 )
-from kdkernels.functional import distillation_loss, token_statistics
+from kdkernels.functional import distillation_loss, sample_logits, token_statistics, topk_logits
 from kdkernels.sources import LMHead, Logits, PackedLogits, SampledLogits, TopKLogits
 from kdkernels.statistics import TokenStatistics
 
@@ -52,6 +52,8 @@ __all__ = [
     "debug",
     "distillation_loss",
     "reference",
+    "sample_logits",
     "store",
     "token_statistics",
+    "topk_logits",
 ]

@@ -81,6 +81,42 @@ struct RecordProblem {
   int64_t wrong_row = 0;  // the result: the first row that is malformed, or `rows`
 };
 
+// Rows of the `topk` family. Arrays whose element type is not said hold the compute type: double if
+// the logits are float64, else float.
+struct TopKProblem {
+  int64_t rows = 0;
+  int64_t vocab = 0;  // less than 2^31
+  int threads = 1;
+  bool compute_double = false;
+
+  Matrix source;
+  double temperature = 1;
+  double softcap = 0;  // 0: none
+
+  int64_t k = 0;                  // at most vocab
+  int64_t* ids = nullptr;         // [rows, k], -1 where there is no entry
+  void* log_probs = nullptr;      // [rows, k]
+  void* log_tail_mass = nullptr;  // [rows]
+};
+
+struct SampleProblem {
+  int64_t rows = 0;
+  int64_t vocab = 0;
+  int threads = 1;
+  bool compute_double = false;
+
+  Matrix source;
+  double temperature = 1;
+  double proposal_temperature = 1;  // of the distribution that is drawn from
+  double softcap = 0;
+
+  int64_t draws = 0;
+  const double* uniforms = nullptr;  // [rows, draws], in [0, 1)
+  int64_t* ids = nullptr;            // [rows, draws], -1 where nothing can be drawn
+  void* weights = nullptr;           // [rows, draws]
+  void* entropy = nullptr;           // [rows]
+};
+
 // A buffer of this thread, at least `bytes` long and aligned to 64; it is kept between calls.
 // Null if there is no memory.
 void* thread_scratch(int64_t bytes);
@@ -96,6 +132,8 @@ void populate(void* data, int64_t bytes);
   bool token_statistics(const RowProblem& problem); \
   bool pack_records(RecordProblem& problem);        \
   bool unpack_records(RecordProblem& problem);      \
+  bool topk(const TopKProblem& problem);            \
+  bool sample(const SampleProblem& problem);        \
   }
 KD_DECLARE_CPU_KERNELS(baseline)
 KD_DECLARE_CPU_KERNELS(avx2)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdkernels import records
 from kdkernels.backends import native
-from kdkernels.backends.rows import STATISTICS, RowSpec, Scales, compute_dtype
+from kdkernels.backends.rows import STATISTICS, RowSpec, Scales, Tempering, compute_dtype
 
 __all__ = [
     "SAVED_STATISTICS",
@@ -18,9 +18,11 @@ __all__ = [
     "divergence_fused",
     "divergence_total",
     "pack_records",
+    "sample",
     "status",
     "supports",
     "token_statistics",
+    "topk",
     "unpack_records",
 ]
 
@@ -252,3 +254,38 @@ def unpack_records(data: Tensor, counts: Tensor, vocab: int, bits: int, width: i
     if wrong < rows:
         records.refuse_record(wrong)
     return ids, log_probs, log_tail_mass
+
+
+def _source(logits: Tensor) -> tuple[Any, ...]:
+    """The leading arguments of the kernels that read one matrix."""
+    dtype = _DTYPES[logits.dtype]
+    return (torch.get_num_threads(), dtype == _FLOAT64, *logits.shape, logits.data_ptr(), logits.stride(0), dtype)
+
+
+def topk(logits: Tensor, k: int, tempering: Tempering) -> tuple[Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
+    ids = torch.empty(rows, k, dtype=torch.int64)
+    log_probs = torch.empty(rows, k, dtype=compute_dtype(logits, None))
+    log_tail_mass = log_probs.new_empty(rows)
+    results = ids.data_ptr(), log_probs.data_ptr(), log_tail_mass.data_ptr()
+    _module().topk(*_source(logits), tempering.temperature, tempering.softcap, k, *results)
+    return ids, log_probs, log_tail_mass
+
+
+def sample(logits: Tensor, uniforms: Tensor, tempering: Tempering) -> tuple[Tensor, Tensor, Tensor]:
+    ids = torch.empty(uniforms.shape, dtype=torch.int64)
+    weights = torch.empty(uniforms.shape, dtype=compute_dtype(logits, None))
+    entropy = weights.new_empty(uniforms.shape[0])
+    uniforms = uniforms.contiguous()
+    _module().sample(
+        *_source(logits),
+        tempering.temperature,
+        tempering.proposal_temperature,
+        tempering.softcap,
+        uniforms.shape[1],
+        uniforms.data_ptr(),
+        ids.data_ptr(),
+        weights.data_ptr(),
+        entropy.data_ptr(),
+    )
+    return ids, weights, entropy

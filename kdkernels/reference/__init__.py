@@ -2,5 +2,6 @@
 
 from kdkernels.reference.divergence import distillation_loss
 from kdkernels.reference.token_statistics import token_statistics
+from kdkernels.reference.topk import sample_logits, topk_logits
 
-__all__ = ["distillation_loss", "token_statistics"]
+__all__ = ["distillation_loss", "sample_logits", "token_statistics", "topk_logits"]
