@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.checks import check_integer
+from kdkernels.records import MASS_SLACK, check_tail
 from kdkernels.sources import PackedLogits, TopKLogits
 from kdkernels.store import records
 from kdkernels.store.description import Description
@@ -123,33 +124,23 @@ def rows(source: TopKLogits, description: Description) -> tuple[Tensor, Tensor]:
     log_probs = source.log_probs.detach().reshape(-1, width).cpu().float()
     tail = source.log_tail_mass
     tail = None if tail is None else tail.detach().reshape(-1).cpu().float()
-    check_rows(ids, log_probs, tail, description.vocab_size)
-    ids = torch.where(log_probs == -torch.inf, -1, ids)
+    check_mass(log_probs, tail)
     return records.pack(ids, log_probs, tail, description.vocab_size, description.bits)
 
 
-def check_rows(ids: Tensor, log_probs: Tensor, tail: Tensor | None, vocab_size: int) -> None:
-    """Refuses what no teacher can have said."""
-
-    def refuse(wrong: Tensor, name: str, allowed: str, values: Tensor) -> None:
-        if bool(wrong.any()):
-            place = wrong.nonzero()[0]
-            raise ValueError(
-                f"append: topk: {name} must {allowed}, got {values[tuple(place)].item()} for token {int(place[0])}"
-            )
-
-    refuse((ids < -1) | (ids >= vocab_size), "ids", f"lie in [0, {vocab_size}) or be -1", ids)
-    named = ids >= 0
-    # Not a comparison with the bound alone: that lets NaN pass.
-    refuse(named & ~(log_probs <= SLACK), "log_probs", "be at most 0", log_probs)
-    mass = torch.where(named, log_probs, -torch.inf).exp().sum(1)
-    refuse(mass > 1 + SLACK, "the probabilities of a token", "sum to at most 1", mass)
+def check_mass(log_probs: Tensor, tail: Tensor | None) -> None:
+    """Refuses rows that have more than all probability; the codec checks the rest of them."""
     if tail is not None:
-        refuse(~(tail <= SLACK), "log_tail_mass", "be at most 0", tail)
-
-
-SLACK = 1e-3
-"""How far rounding may carry a probability over 1."""
+        check_tail(tail)
+    # An entry of its own that is not a number is left to the codec, which names it.
+    mass = log_probs.exp().nan_to_num().sum(-1)
+    wrong = mass > 1 + MASS_SLACK
+    if bool(wrong.any()):
+        token = int(wrong.nonzero()[0, 0])
+        raise ValueError(
+            f"append: topk: log_probs must be those of one distribution; token {token} has probabilities with the sum "
+            f"{mass[token].item():.6g}"
+        )
 
 
 def packed(source: PackedLogits, description: Description) -> tuple[int, Tensor, Tensor]:

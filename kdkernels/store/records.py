@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdkernels.backends import cpu
 from kdkernels.records import record_sizes
-from kdkernels.reference import records as reference
 
 __all__ = ["pack", "record_sizes", "unpack"]
 
@@ -20,8 +20,8 @@ class Process:
     pid = os.getpid()
 
 
-def prepare() -> bool:
-    """Whether to use the native codec. A forked process computes in one thread from then on.
+def backend() -> Any:
+    """The native codec, or the reference where there is no extension. A forked process computes in one thread from now on.
 
     For libgomp, the OpenMP runtime of torch and of the extension, waits for ever in a forked child for threads that stayed
     with its parent.
@@ -29,18 +29,22 @@ def prepare() -> bool:
     if Process.pid != os.getpid():
         torch.set_num_threads(1)
         Process.pid = os.getpid()
-    return cpu.status()[0]
+    if cpu.status()[0]:
+        return cpu
+    from kdkernels.reference import records as reference
+
+    return reference
 
 
 def pack(
     ids: Tensor, log_probs: Tensor, log_tail_mass: Tensor | None, vocab_size: int, bits: int
 ) -> tuple[Tensor, Tensor]:
     """Records of ids and log-probabilities ``[N, K]``: their bytes, and the entries of each, int32 ``[N]``."""
-    backend = cpu if prepare() else reference
-    return backend.pack_records(ids, log_probs, log_tail_mass, vocab_size, bits)
+    packed: tuple[Tensor, Tensor] = backend().pack_records(ids, log_probs, log_tail_mass, vocab_size, bits)
+    return packed
 
 
 def unpack(data: Tensor, counts: Tensor, vocab_size: int, bits: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Ids and log-probabilities ``[N, width]`` and the log tail mass ``[N]`` of ``N`` records; ValueError if malformed."""
-    backend = cpu if prepare() else reference
-    return backend.unpack_records(data, counts, vocab_size, bits, width)
+    rows: tuple[Tensor, Tensor, Tensor] = backend().unpack_records(data, counts, vocab_size, bits, width)
+    return rows
