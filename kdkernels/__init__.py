@@ -19,7 +19,7 @@ from kdkernels.divergences import (
     SkewForwardKL,
     SkewReverseKL,
 )
-from kdkernels.functional import distillation_loss, sample_logits, token_statistics, topk_logits
+from kdkernels.functional import distillation_loss, pack, sample_logits, token_statistics, topk_logits, unpack
 from kdkernels.sources import LMHead, Logits, PackedLogits, SampledLogits, TopKLogits
 from kdkernels.statistics import TokenStatistics
 
@@ -51,9 +51,11 @@ __all__ = [
     "backends",
     "debug",
     "distillation_loss",
+    "pack",
     "reference",
     "sample_logits",
     "store",
     "token_statistics",
     "topk_logits",
+    "unpack",
 ]
