@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -21,7 +20,7 @@ from kdkernels.caching.text import TokenSequences
 from kdkernels.records import BITS, record_sizes
 from kdkernels.store import Description, tokenizer_fingerprint
 
-__all__ = ["CacheSettings", "Share", "State", "cache"]
+__all__ = ["CacheSettings", "Share", "State", "cache", "device_of_share"]
 
 OPTIONS = {
     "vocab_size": "--vocab-size",
@@ -80,6 +79,10 @@ class Share:
             )
         return cls(process, processes)
 
+    def name(self) -> str:
+        """To begin a line with; empty if there is only one process."""
+        return "" if self.processes == 1 else f"process {self.process + 1} of {self.processes}: "
+
 
 @dataclass
 class State:
@@ -117,7 +120,7 @@ def describe(teacher: Teacher, text: TokenSequences, settings: CacheSettings) ->
     )
 
 
-def check_same(out: Path, asked: Description) -> None:
+def check_same(out: str | os.PathLike[str], asked: Description) -> None:
     """Refuses to go on with a store of something else."""
     try:
         found = kd.store.open(out).description
@@ -137,9 +140,10 @@ def check_same(out: Path, asked: Description) -> None:
 def cache(
     teacher: Teacher,
     text: TokenSequences,
-    out: Path,
+    out: str | os.PathLike[str],
     settings: CacheSettings,
     share: Share | None = None,
+    state: State | None = None,
     report: Callable[[State], None] = lambda state: None,
 ) -> State:
     """Stores what is missing of this process's share; sequence ``i`` of the text has the id ``i``.
@@ -147,7 +151,8 @@ def cache(
     Whatever ends it, an exception or Ctrl-C too, the sequences it got to are stored.
 
     Args:
-        report: called before the first batch and after each.
+        state: kept up to date, for whoever wants to know even if this ends in an exception; a new one by default.
+        report: called with the state before the first batch and after each.
 
     Raises:
         CachingError: a setting does not fit the teacher, or the store in ``out`` is another one.
@@ -157,7 +162,8 @@ def cache(
     description = describe(teacher, text, settings)
     check_same(out, description)
     batches = text.batches(max(1, settings.batch_tokens // text.sequence_length))[share.process :: share.processes]
-    state = State(total=sum(map(len, batches)))
+    state = state or State()
+    state.total = sum(map(len, batches))
     saved = time.monotonic()
     with kd.store.write(
         out,

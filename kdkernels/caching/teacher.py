@@ -18,7 +18,7 @@ from kdkernels.sources import LMHead
 
 __all__ = ["MISSING", "Teacher", "load_teacher"]
 
-MISSING = 'it needs the package transformers: pip install "kdkernels[cache]"'
+MISSING = 'teachers are read with transformers, which is not installed or not complete: pip install "kdkernels[cache]"'
 
 FINGERPRINT_VALUES = 1024
 """Of each parameter, evenly spread, that the fingerprint looks at."""
@@ -172,7 +172,7 @@ def load_teacher(
             import accelerate  # noqa: F401  (transformers needs both to read GGUF files)
             import gguf  # noqa: F401
     except ImportError as error:
-        raise CachingError(f'{error}: pip install "kdkernels[cache]"') from error
+        raise CachingError(f"{MISSING} ({error})") from error
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     source = {"local_files_only": True} | ({} if gguf_file is None else {"gguf_file": gguf_file})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from kdkernels.caching.errors import CachingError
 
-__all__ = ["SUFFIXES", "TokenSequences", "find_files", "read_tokens"]
+__all__ = ["SUFFIXES", "TokenSequences", "find_files", "read_tokens", "total_bytes"]
 
 JSON_LINES = ".jsonl"
 SUFFIXES = (".txt", ".text", ".md", ".rst", JSON_LINES)
@@ -117,7 +118,7 @@ class TokenSequences:
         """What tells this text, so cut, from any other."""
 
     def __len__(self) -> int:
-        return -(-len(self.tokens) // self.sequence_length)
+        return math.ceil(len(self.tokens) / self.sequence_length)
 
     def rows(self, sequences: range) -> Tensor:
         """Consecutive sequences of equal length, int64 ``[sequences, tokens]``."""

@@ -88,7 +88,9 @@ class Description:
         top_p = given.optional("top_p", given.number)
         if top_p is not None and not 0 < top_p <= 1:
             raise given.error("top_p", f"must lie in (0, 1], not {top_p}")
-        names = [given.optional(key, lambda key: given.text(key, LONGEST_NAME)) for key in ("tokenizer", "teacher", "data")]
+        names = [
+            given.optional(key, lambda key: given.text(key, LONGEST_NAME)) for key in ("tokenizer", "teacher", "data")
+        ]
         return Description(vocab_size, codec, tail, temperature, k, top_p, *names)
 
     @staticmethod
