@@ -53,10 +53,11 @@ struct Kernels {
   const char* name;
   bool (*divergence)(const RowProblem&);
   bool (*token_statistics)(const RowProblem&);
+  bool (*sparse_divergence)(const SparseProblem&);
 };
 
 #define KD_KERNELS(isa) \
-  Kernels { #isa, isa::divergence, isa::token_statistics }
+  Kernels { #isa, isa::divergence, isa::token_statistics, isa::sparse_divergence }
 
 bool processor_has(const std::string& isa) {
 #if defined(KD_HAVE_X86_ISAS)
@@ -120,7 +121,8 @@ void check_labels(const RowProblem& problem) {
   }
 }
 
-void launch(bool (*kernel)(const RowProblem&), RowProblem& problem) {
+template <class Problem>
+void launch(bool (*kernel)(const Problem&), Problem& problem) {
   check_labels(problem);
   // Below this a second thread costs more than it brings.
   if (problem.rows * problem.vocab < 32768) problem.threads = 1;
@@ -202,6 +204,38 @@ void token_statistics(int threads, bool compute_double, int64_t rows, int64_t vo
   launch(chosen().token_statistics, problem);
 }
 
+void sparse_divergence(int threads, bool compute_double, int64_t rows, int64_t vocab, Address student,
+                       int64_t student_stride, int student_dtype, double student_temperature,
+                       Address student_temperatures, double teacher_temperature, Address teacher_temperatures,
+                       double student_softcap, Address labels, Address active, int kind, double a, double b, int policy,
+                       int64_t entries, Address ids, int64_t id_stride, bool wide_ids, Address values,
+                       int64_t value_stride, int value_dtype, Address constants, int constant_dtype, Address divergence,
+                       Address cross_entropy, Address grad_divergence, Address grad_cross_entropy, Address grad_student,
+                       int64_t grad_student_stride) {
+  SparseProblem problem;
+  static_cast<RowProblem&>(problem) =
+      sides(threads, compute_double, rows, vocab, matrix(student, student_stride, student_dtype), Matrix(),
+            per_row(student_temperature, student_temperatures), per_row(teacher_temperature, teacher_temperatures),
+            student_softcap, 0, labels, active);
+  problem.kind = kind;
+  problem.a = a;
+  problem.b = b;
+  problem.policy = static_cast<Policy>(policy);
+  problem.entries = entries;
+  problem.ids = reinterpret_cast<const void*>(ids);
+  problem.id_stride = id_stride;
+  problem.wide_ids = wide_ids;
+  problem.values = matrix(values, value_stride, value_dtype);
+  problem.constants = matrix(constants, 1, constant_dtype);
+  problem.divergence = reinterpret_cast<void*>(divergence);
+  problem.cross_entropy = reinterpret_cast<void*>(cross_entropy);
+  problem.grad_divergence = per_row(0, grad_divergence);
+  problem.grad_cross_entropy = per_row(0, grad_cross_entropy);
+  problem.grad_student = matrix(grad_student, grad_student_stride, student_dtype);
+  problem.fresh_gradients = true;
+  launch(chosen().sparse_divergence, problem);
+}
+
 }  // namespace
 }  // namespace kd
 
@@ -209,6 +243,7 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "CPU kernels of kdkernels. Addresses and sizes are trusted: call through kdkernels.backends.cpu.";
   module.def("divergence", &kd::divergence);
   module.def("token_statistics", &kd::token_statistics);
+  module.def("sparse_divergence", &kd::sparse_divergence);
   module.def("isa", [] { return kd::chosen().name; }, "Instruction set of the kernels in use.");
   module.def(
       "isas",

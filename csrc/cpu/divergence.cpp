@@ -7,8 +7,6 @@
 // exponential is computed twice. The gradient may be written over the logits.
 #include "math/divergence.h"
 
-#include <initializer_list>
-
 #include "cpu/row_blocks.h"
 
 namespace kd::KD_ISA {
@@ -430,15 +428,6 @@ class Row {
   double sum_student_terms_ = 0, sum_teacher_terms_ = 0, sum_value_ = 0;
   double log_affinity_ = 0;
 };
-
-void clear_row(const RowProblem& problem, int64_t row) {
-  const int64_t size = problem.compute_double ? 8 : 4;
-  if (problem.divergence) std::memset(static_cast<char*>(problem.divergence) + row * size, 0, size);
-  if (problem.weighted) problem.weighted[row] = 0;
-  if (problem.cross_entropy) std::memset(static_cast<char*>(problem.cross_entropy) + row * size, 0, size);
-  for (const Matrix& gradient : {problem.grad_student, problem.grad_teacher})
-    if (gradient.data) std::memset(entry_address(gradient, row, 0), 0, problem.vocab * dtype_size(gradient.dtype));
-}
 
 template <class Real, Kind kind>
 bool run(const RowProblem& problem) {

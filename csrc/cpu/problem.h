@@ -56,6 +56,22 @@ struct RowProblem {
 
 constexpr int statistics_count = 10;
 
+// What stands for the vocabulary that a row of a sparse teacher does not name. The numbering is shared with
+// kdkernels/backends/sparse_rows.py and triton_kernels/sparse_divergence.py.
+enum class Policy : int { bucket = 0, renormalize = 1, uniform = 2, drop = 3, sampled = 4 };
+
+// Rows of the `sparse_divergence` family. The teacher's matrix is not used; its temperature counts from the one that
+// its entries were stored at.
+struct SparseProblem : RowProblem {
+  Policy policy = Policy::bucket;
+  int64_t entries = 0;        // a row, at most
+  const void* ids = nullptr;  // [rows, entries]; those outside the vocabulary are no entries
+  int64_t id_stride = 0;      // ids from one row to the next
+  bool wide_ids = true;       // int64 rather than int32
+  Matrix values;              // [rows, entries]: log-probabilities, or weights if sampled
+  Matrix constants;           // [rows, 1]: log tail mass, or entropy if sampled; data may be null
+};
+
 // A buffer of this thread, at least `bytes` long and aligned to 64; it is kept between calls.
 // Null if there is no memory.
 void* thread_scratch(int64_t bytes);
@@ -65,10 +81,11 @@ void* thread_scratch(int64_t bytes);
 void populate(void* data, int64_t bytes);
 
 // One entry point per instruction set and family. False: out of memory.
-#define KD_DECLARE_CPU_KERNELS(isa)                 \
-  namespace isa {                                   \
-  bool divergence(const RowProblem& problem);       \
-  bool token_statistics(const RowProblem& problem); \
+#define KD_DECLARE_CPU_KERNELS(isa)                     \
+  namespace isa {                                       \
+  bool divergence(const RowProblem& problem);           \
+  bool token_statistics(const RowProblem& problem);     \
+  bool sparse_divergence(const SparseProblem& problem); \
   }
 KD_DECLARE_CPU_KERNELS(baseline)
 KD_DECLARE_CPU_KERNELS(avx2)

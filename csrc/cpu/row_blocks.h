@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <initializer_list>
 
 #include "cpu/problem.h"
 #include "math/elementary.h"
@@ -427,5 +428,15 @@ class GradientRow {
   int64_t row_;
   bool shared_, streams_;
 };
+
+// A row that does not count.
+inline void clear_row(const RowProblem& problem, int64_t row) {
+  const int64_t size = problem.compute_double ? 8 : 4;
+  if (problem.divergence) std::memset(static_cast<char*>(problem.divergence) + row * size, 0, size);
+  if (problem.weighted) problem.weighted[row] = 0;
+  if (problem.cross_entropy) std::memset(static_cast<char*>(problem.cross_entropy) + row * size, 0, size);
+  for (const Matrix& gradient : {problem.grad_student, problem.grad_teacher})
+    if (gradient.data) std::memset(entry_address(gradient, row, 0), 0, problem.vocab * dtype_size(gradient.dtype));
+}
 
 }  // namespace kd::KD_ISA

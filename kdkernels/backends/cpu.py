@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kdkernels.backends import native
 from kdkernels.backends.rows import STATISTICS, RowSpec, Scales, compute_dtype
+from kdkernels.backends.sparse_rows import SparseRows
 
 __all__ = [
     "SAVED_STATISTICS",
@@ -16,6 +17,7 @@ __all__ = [
     "divergence_forward",
     "divergence_fused",
     "divergence_total",
+    "sparse_divergence_fused",
     "status",
     "supports",
     "token_statistics",
@@ -187,6 +189,54 @@ def divergence_total(
         fresh_gradients=True,
     )
     return total
+
+
+def sparse_divergence_fused(
+    student: Tensor,
+    teacher: SparseRows,
+    spec: RowSpec,
+    grad_divergence: Tensor | None,
+    grad_cross_entropy: Tensor | None,
+    grad_student: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    rows, vocab = student.shape
+    divergence = torch.empty(rows, dtype=compute_dtype(student, None))
+    cross_entropy = divergence.new_empty(0 if spec.labels is None else rows)
+    student_type = _DTYPES[student.dtype]
+    ids, values, constants = teacher.ids, teacher.values, teacher.constants
+    _module().sparse_divergence(
+        torch.get_num_threads(),
+        student_type == _FLOAT64,
+        rows,
+        vocab,
+        student.data_ptr(),
+        student.stride(0),
+        student_type,
+        spec.student_temperature,
+        _address(spec.student_temperatures),
+        spec.teacher_temperature,
+        _address(spec.teacher_temperatures),
+        spec.student_softcap,
+        _address(spec.labels),
+        _address(spec.active),
+        *spec[:3],
+        teacher.policy,
+        ids.shape[1],
+        ids.data_ptr(),
+        ids.stride(0),
+        ids.dtype == torch.int64,
+        values.data_ptr(),
+        values.stride(0),
+        _DTYPES[values.dtype],
+        _address(constants),
+        0 if constants is None else _DTYPES[constants.dtype],
+        divergence.data_ptr(),
+        _address(cross_entropy),
+        _address(grad_divergence),
+        _address(grad_cross_entropy),
+        *((0, 0) if grad_student is None else (grad_student.data_ptr(), grad_student.stride(0))),
+    )
+    return divergence, cross_entropy
 
 
 def token_statistics(student: Tensor, teacher: Tensor | None, spec: RowSpec) -> tuple[Tensor, Tensor]:
