@@ -53,11 +53,15 @@ struct Kernels {
   const char* name;
   bool (*divergence)(const RowProblem&);
   bool (*token_statistics)(const RowProblem&);
-  bool (*sparse_divergence)(const SparseProblem&);
+  bool (*sparse_divergence)(SparseProblem&);
+  bool (*pack_records)(RecordProblem&);
+  bool (*unpack_records)(RecordProblem&);
 };
 
-#define KD_KERNELS(isa) \
-  Kernels { #isa, isa::divergence, isa::token_statistics, isa::sparse_divergence }
+#define KD_KERNELS(isa)                                                                                          \
+  Kernels {                                                                                                      \
+    #isa, isa::divergence, isa::token_statistics, isa::sparse_divergence, isa::pack_records, isa::unpack_records \
+  }
 
 bool processor_has(const std::string& isa) {
 #if defined(KD_HAVE_X86_ISAS)
@@ -121,8 +125,8 @@ void check_labels(const RowProblem& problem) {
   }
 }
 
-template <class Problem>
-void launch(bool (*kernel)(const Problem&), Problem& problem) {
+template <class Kernel, class Problem>
+void launch(Kernel kernel, Problem& problem) {
   check_labels(problem);
   // Below this a second thread costs more than it brings.
   if (problem.rows * problem.vocab < 32768) problem.threads = 1;
@@ -204,14 +208,16 @@ void token_statistics(int threads, bool compute_double, int64_t rows, int64_t vo
   launch(chosen().token_statistics, problem);
 }
 
-void sparse_divergence(int threads, bool compute_double, int64_t rows, int64_t vocab, Address student,
-                       int64_t student_stride, int student_dtype, double student_temperature,
-                       Address student_temperatures, double teacher_temperature, Address teacher_temperatures,
-                       double student_softcap, Address labels, Address active, int kind, double a, double b, int policy,
-                       int64_t entries, Address ids, int64_t id_stride, bool wide_ids, Address values,
-                       int64_t value_stride, int value_dtype, Address constants, int constant_dtype, Address divergence,
-                       Address cross_entropy, Address grad_divergence, Address grad_cross_entropy, Address grad_student,
-                       int64_t grad_student_stride) {
+// The first row that is malformed, or the number of rows.
+int64_t sparse_divergence(int threads, bool compute_double, int64_t rows, int64_t vocab, Address student,
+                          int64_t student_stride, int student_dtype, double student_temperature,
+                          Address student_temperatures, double teacher_temperature, Address teacher_temperatures,
+                          double student_softcap, Address labels, Address active, int kind, double a, double b,
+                          int policy, int64_t entries, Address ids, int64_t id_stride, bool wide_ids, Address values,
+                          int64_t value_stride, int value_dtype, Address constants, int constant_dtype, Address records,
+                          Address offsets, Address counts, int64_t largest_count, int bits, Address divergence,
+                          Address cross_entropy, Address grad_divergence, Address grad_cross_entropy,
+                          Address grad_student, int64_t grad_student_stride) {
   SparseProblem problem;
   static_cast<RowProblem&>(problem) =
       sides(threads, compute_double, rows, vocab, matrix(student, student_stride, student_dtype), Matrix(),
@@ -227,6 +233,11 @@ void sparse_divergence(int threads, bool compute_double, int64_t rows, int64_t v
   problem.wide_ids = wide_ids;
   problem.values = matrix(values, value_stride, value_dtype);
   problem.constants = matrix(constants, 1, constant_dtype);
+  problem.records = reinterpret_cast<const uint8_t*>(records);
+  problem.offsets = reinterpret_cast<const int64_t*>(offsets);
+  problem.counts = reinterpret_cast<const int32_t*>(counts);
+  problem.bits = bits;
+  if (records) problem.entries = largest_count;
   problem.divergence = reinterpret_cast<void*>(divergence);
   problem.cross_entropy = reinterpret_cast<void*>(cross_entropy);
   problem.grad_divergence = per_row(0, grad_divergence);
@@ -234,6 +245,51 @@ void sparse_divergence(int threads, bool compute_double, int64_t rows, int64_t v
   problem.grad_student = matrix(grad_student, grad_student_stride, student_dtype);
   problem.fresh_gradients = true;
   launch(chosen().sparse_divergence, problem);
+  return problem.wrong_row;
+}
+
+RecordProblem records(int threads, int64_t rows, int64_t width, int64_t vocab, int bits, Address counts,
+                      Address offsets, Address data) {
+  RecordProblem problem;
+  problem.rows = rows;
+  problem.width = width;
+  problem.vocab = vocab;
+  problem.bits = bits;
+  // Below this a second thread costs more than it brings.
+  problem.threads = rows * width < 8192 ? 1 : threads;
+  problem.counts = reinterpret_cast<const int32_t*>(counts);
+  problem.offsets = reinterpret_cast<const int64_t*>(offsets);
+  problem.data = reinterpret_cast<uint8_t*>(data);
+  return problem;
+}
+
+// The first row that is malformed, or the number of rows.
+int64_t launch(bool (*kernel)(RecordProblem&), RecordProblem& problem) {
+  bool done;
+  {
+    py::gil_scoped_release release;
+    done = kernel(problem);
+  }
+  if (!done) throw std::bad_alloc();
+  return problem.wrong_row;
+}
+
+int64_t pack_records(int threads, int64_t rows, int64_t width, int64_t vocab, int bits, Address counts, Address offsets,
+                     Address data, Address ids, Address log_probs, Address log_tail_mass) {
+  RecordProblem problem = records(threads, rows, width, vocab, bits, counts, offsets, data);
+  problem.ids = reinterpret_cast<const int64_t*>(ids);
+  problem.log_probs = reinterpret_cast<const float*>(log_probs);
+  problem.log_tail_mass = reinterpret_cast<const float*>(log_tail_mass);
+  return launch(chosen().pack_records, problem);
+}
+
+int64_t unpack_records(int threads, int64_t rows, int64_t width, int64_t vocab, int bits, Address counts,
+                       Address offsets, Address data, Address ids, Address log_probs, Address log_tail_mass) {
+  RecordProblem problem = records(threads, rows, width, vocab, bits, counts, offsets, data);
+  problem.decoded_ids = reinterpret_cast<int64_t*>(ids);
+  problem.decoded_log_probs = reinterpret_cast<float*>(log_probs);
+  problem.decoded_log_tail_mass = reinterpret_cast<float*>(log_tail_mass);
+  return launch(chosen().unpack_records, problem);
 }
 
 }  // namespace
@@ -244,6 +300,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("divergence", &kd::divergence);
   module.def("token_statistics", &kd::token_statistics);
   module.def("sparse_divergence", &kd::sparse_divergence);
+  module.def("pack_records", &kd::pack_records);
+  module.def("unpack_records", &kd::unpack_records);
   module.def("isa", [] { return kd::chosen().name; }, "Instruction set of the kernels in use.");
   module.def(
       "isas",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdkernels.backends.sparse_rows import Policy, SparseRows
+from kdkernels.backends.sparse_rows import Policy, Records, SparseRows
 from kdkernels.debugging import values_are_checked
 from kdkernels.divergences import Divergence, Kind
+from kdkernels.records import BITS
 from kdkernels.sources import PackedLogits, SampledLogits, SparseTeacher, TopKLogits
 
 __all__ = ["check_divergence", "check_values", "policy_of", "relative_temperature", "sparse_rows"]
@@ -50,25 +51,24 @@ def sparse_rows(teacher: SparseTeacher, shape: torch.Size, vocab: int, device: t
             f"student and teacher have vocabularies of {vocab} and {teacher.vocab_size} entries. If the student's has "
             f"padding, use vocab_size={teacher.vocab_size}; different tokenizers need a cross-tokenizer loss"
         )
+    place = teacher.counts.device if isinstance(teacher, PackedLogits) else teacher.ids.device
+    if place != device:
+        raise ValueError(f"the student is on {device} and the {owner} on {place}")
+    policy = int(policy_of(teacher))
     if isinstance(teacher, PackedLogits):
-        raise NotImplementedError("PackedLogits")
+        packed = Records(teacher.data.contiguous(), teacher.counts.reshape(-1).contiguous(), BITS[teacher.codec])
+        return SparseRows(policy, records=packed)
     if isinstance(teacher, TopKLogits):
         named = {"log_probs": teacher.log_probs, "log_tail_mass": teacher.log_tail_mass}
     else:
         named = {"weights": teacher.weights, "entropy": teacher.entropy}
-    if teacher.ids.device != device:
-        raise ValueError(f"the student is on {device} and the {owner} on {teacher.ids.device}")
     for name, tensor in named.items():
         if tensor is not None and tensor.requires_grad:
             raise ValueError(f"{owner}: {name} requires grad, but a stored teacher is data; detach it")
     values, constants = named.values()
     assert values is not None
-    return SparseRows(
-        as_rows(teacher.ids),
-        as_rows(values),
-        None if constants is None else constants.reshape(-1).contiguous(),
-        int(policy_of(teacher)),
-    )
+    constants = None if constants is None else constants.reshape(-1).contiguous()
+    return SparseRows(policy, as_rows(teacher.ids), as_rows(values), constants)
 
 
 def as_rows(tensor: Tensor) -> Tensor:
@@ -98,8 +98,13 @@ def relative_temperature(
 
 
 def check_values(teacher: SparseRows, vocab: int, active: Tensor | None) -> None:
-    """Ids, log-probabilities and weights of the tokens that count; on a GPU the ids alone, without waiting for it."""
+    """Ids, log-probabilities and weights of the tokens that count; on a GPU the ids alone, without waiting for it.
+
+    Records are checked where they are decoded.
+    """
     ids, values = teacher.ids, teacher.values
+    if ids is None or values is None:
+        return
     outside = (ids < -1) | (ids >= vocab)
     if not values_are_checked(ids):
         if ids.device.type != "cpu":

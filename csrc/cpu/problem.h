@@ -61,7 +61,7 @@ constexpr int statistics_count = 10;
 enum class Policy : int { bucket = 0, renormalize = 1, uniform = 2, drop = 3, sampled = 4 };
 
 // Rows of the `sparse_divergence` family. The teacher's matrix is not used; its temperature counts from the one that
-// its entries were stored at.
+// its entries were stored at. A packed teacher has records in place of ids, values and constants.
 struct SparseProblem : RowProblem {
   Policy policy = Policy::bucket;
   int64_t entries = 0;        // a row, at most
@@ -70,6 +70,38 @@ struct SparseProblem : RowProblem {
   bool wide_ids = true;       // int64 rather than int32
   Matrix values;              // [rows, entries]: log-probabilities, or weights if sampled
   Matrix constants;           // [rows, 1]: log tail mass, or entropy if sampled; data may be null
+
+  const uint8_t* records = nullptr;
+  const int64_t* offsets = nullptr;  // [rows], where a record begins
+  const int32_t* counts = nullptr;   // [rows], entries of each row, at most `entries`
+  int bits = 0;
+
+  int64_t wrong_row = 0;  // the result: the first row whose record is malformed, or `rows`
+};
+
+// Tokens of the `records` family, see math/records.h. Rows are tokens; all arrays are contiguous.
+struct RecordProblem {
+  int64_t rows = 0;
+  int64_t width = 0;  // entries per row of ids and log-probabilities
+  int64_t vocab = 0;
+  int bits = 0;
+  int threads = 1;
+
+  const int32_t* counts = nullptr;   // [rows], entries of each row, at most width and vocab
+  const int64_t* offsets = nullptr;  // [rows], where in data a record begins
+  uint8_t* data = nullptr;
+
+  // Packing: [rows, width] in any order, id -1 or log-probability -inf: no entry; [rows].
+  const int64_t* ids = nullptr;
+  const float* log_probs = nullptr;
+  const float* log_tail_mass = nullptr;
+
+  // Unpacking: the same, ids ascending.
+  int64_t* decoded_ids = nullptr;
+  float* decoded_log_probs = nullptr;
+  float* decoded_log_tail_mass = nullptr;
+
+  int64_t wrong_row = 0;  // the result: the first row that is malformed, or `rows`
 };
 
 // A buffer of this thread, at least `bytes` long and aligned to 64; it is kept between calls.
@@ -81,11 +113,13 @@ void* thread_scratch(int64_t bytes);
 void populate(void* data, int64_t bytes);
 
 // One entry point per instruction set and family. False: out of memory.
-#define KD_DECLARE_CPU_KERNELS(isa)                     \
-  namespace isa {                                       \
-  bool divergence(const RowProblem& problem);           \
-  bool token_statistics(const RowProblem& problem);     \
-  bool sparse_divergence(const SparseProblem& problem); \
+#define KD_DECLARE_CPU_KERNELS(isa)                 \
+  namespace isa {                                   \
+  bool divergence(const RowProblem& problem);       \
+  bool token_statistics(const RowProblem& problem); \
+  bool sparse_divergence(SparseProblem& problem);   \
+  bool pack_records(RecordProblem& problem);        \
+  bool unpack_records(RecordProblem& problem);      \
   }
 KD_DECLARE_CPU_KERNELS(baseline)
 KD_DECLARE_CPU_KERNELS(avx2)

@@ -9,6 +9,7 @@
 
 #include "cpu/row_blocks.h"
 #include "math/divergence.h"
+#include "math/records.h"
 
 namespace kd::KD_ISA {
 namespace {
@@ -35,6 +36,9 @@ struct Scratch {
     return padded(entries) * (5 * 8 + 4) + (padded(vocab) + padded(blocks(vocab))) * static_cast<int64_t>(sizeof(Real));
   }
 
+  // Log-probabilities of a record, in place of the keys, which a record needs none of.
+  float* decoded() const { return reinterpret_cast<float*>(keys); }
+
   Scratch(void* memory, int64_t vocab, int64_t entries) {
     const int64_t row = padded(entries);
     keys = static_cast<uint64_t*>(memory);
@@ -47,6 +51,16 @@ struct Scratch {
     origins = exponentials + padded(vocab);
   }
 };
+
+// Decodes the record of a row into the scratch. False: it is malformed.
+template <class Real>
+bool decode(const SparseProblem& problem, const Scratch<Real>& scratch, int64_t row, double& log_tail) {
+  float tail = 0;
+  const bool valid = math::decode_record(problem.records + problem.offsets[row], {problem.vocab, problem.bits},
+                                         problem.counts[row], scratch.ids, scratch.decoded(), &tail);
+  log_tail = static_cast<double>(tail);
+  return valid;
+}
 
 template <class Real>
 class SparseRow {
@@ -95,6 +109,23 @@ class SparseRow {
 
   // The entries in the order of their ids, and the mass of the rest.
   void load_entries() {
+    if (problem_.records) {
+      decode_entries();
+    } else {
+      sort_entries();
+    }
+    outside_ = problem_.vocab - count_;
+    if (!is(Policy::sampled)) temper_entries();
+  }
+
+  void decode_entries() {
+    decode(problem_, scratch_, row_, log_tail_);
+    count_ = problem_.counts[row_];
+    const float* log_probs = scratch_.decoded();
+    for (int64_t i = 0; i < count_; ++i) scratch_.values[i] = static_cast<double>(log_probs[i]);
+  }
+
+  void sort_entries() {
     bool ascending = true;
     int64_t found = 0;
     for (int64_t place = 0; place < problem_.entries; ++place) {
@@ -116,19 +147,20 @@ class SparseRow {
       scratch_.ids[count_] = id;
       scratch_.values[count_++] = value;
     }
-    outside_ = problem_.vocab - count_;
-    if (!is(Policy::sampled)) temper_entries();
+    if (is(Policy::sampled)) return;
+    if (problem_.constants.data) {
+      log_tail_ = constant();
+      return;
+    }
+    double mass = 0;
+    for (int64_t i = 0; i < count_; ++i) mass += math::exp(scratch_.values[i]);
+    log_tail_ = std::log1p(mass < 1 ? -mass : -1.0);
   }
 
   void temper_entries() {
     double* log_p = scratch_.values;
-    double mass = 0;
-    for (int64_t i = 0; i < count_; ++i) {
-      log_p[i] = log_p[i] < log_floor ? log_floor : log_p[i];
-      mass += math::exp(log_p[i]);
-    }
-    const double given = problem_.constants.data ? constant() : std::log1p(mass < 1 ? -mass : -1.0);
-    log_tail_ = given < log_floor ? log_floor : given;
+    for (int64_t i = 0; i < count_; ++i) log_p[i] = log_p[i] < log_floor ? log_floor : log_p[i];
+    log_tail_ = log_tail_ < log_floor ? log_floor : log_tail_;
     const double inverse_temperature = 1 / static_cast<double>(per_row<Real>(problem_.teacher_temperature, row_));
     if (is(Policy::renormalize) || is(Policy::uniform)) {
       const double log_count = outside_ ? std::log(static_cast<double>(outside_)) : 0;
@@ -370,11 +402,12 @@ class SparseRow {
 };
 
 template <class Real>
-bool run(const SparseProblem& problem) {
+bool run(SparseProblem& problem) {
   const int64_t bytes = Scratch<Real>::bytes(problem.vocab, problem.entries);
   // Small rows go to a thread in groups, so that handing them out costs little.
   const int64_t group = problem.vocab >= 16384 ? 1 : 16384 / problem.vocab + 1;
   int failed = 0;
+  int64_t wrong_row = problem.rows;
 #pragma omp parallel num_threads(problem.threads) if (problem.threads > 1)
   {
     void* memory = thread_scratch(bytes);
@@ -383,9 +416,18 @@ bool run(const SparseProblem& problem) {
       failed = 1;
     }
     const Scratch<Real> scratch(memory, problem.vocab, problem.entries);
+    // All records are looked at before anything is written.
+    if (problem.records) {
+#pragma omp for schedule(static) reduction(min : wrong_row)
+      for (int64_t row = 0; row < problem.rows; ++row) {
+        double log_tail;
+        if (memory && (!problem.active || problem.active[row]) && !decode(problem, scratch, row, log_tail))
+          wrong_row = row < wrong_row ? row : wrong_row;
+      }
+    }
 #pragma omp for schedule(dynamic, group)
     for (int64_t row = 0; row < problem.rows; ++row) {
-      if (!memory) continue;
+      if (!memory || wrong_row < problem.rows) continue;
       if (problem.active && !problem.active[row]) {
         clear_row(problem, row);
       } else {
@@ -394,12 +436,13 @@ bool run(const SparseProblem& problem) {
     }
     stream_fence();
   }
+  problem.wrong_row = wrong_row;
   return !failed;
 }
 
 }  // namespace
 
-bool sparse_divergence(const SparseProblem& problem) {
+bool sparse_divergence(SparseProblem& problem) {
   return problem.compute_double ? run<double>(problem) : run<float>(problem);
 }
 

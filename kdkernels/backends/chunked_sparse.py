@@ -12,7 +12,7 @@ from torch import Tensor
 from kdkernels.backends import row_backend
 from kdkernels.backends.chunked_head import Head, Needs, SideGradients, active_index, chunks, only_active, spread
 from kdkernels.backends.rows import RowSpec, Side, compute_dtype
-from kdkernels.backends.sparse_rows import SparseRows, dense_log_probs, needs_dense_rows
+from kdkernels.backends.sparse_rows import SparseRows, dense_rows, needs_dense_rows
 
 __all__ = ["divergence"]
 
@@ -32,6 +32,8 @@ def divergence(
     The gradients that ``needs`` names are those of sum(upstream[0] * divergence + upstream[1] * cross_entropy).
     """
     rows = student.tensor.shape[0]
+    vocab = student.tensor.shape[1] if student.weight is None else student.weight.shape[0]
+    teacher = teacher.located(vocab)
     index = active_index([student], spec)
     if index is not None:
         kept = None if upstream is None else (upstream[0][index], None if upstream[1] is None else upstream[1][index])
@@ -55,10 +57,7 @@ def divergence(
     cross_entropy = value.new_empty(0 if spec.labels is None else rows)
     head = Head(student, needs, spec.active)
     dense = needs_dense_rows(teacher.policy, spec.kind)
-    vocab = student.tensor.shape[1] if student.weight is None else student.weight.shape[0]
-    # Dense rows are made twice over: once filled, and once more with their entries.
-    extra = 2 * vocab * dtype.itemsize if dense else 0
-    for chunk in chunks([student], memory_budget, extra_row_bytes=extra):
+    for chunk in chunks([student], memory_budget, extra_row_bytes=vocab * dtype.itemsize if dense else 0):
         logits = head.logits(chunk)
         gradient = head.gradient_buffer(logits, chunk)
         factors = (None, None) if upstream is None else (upstream[0][chunk], upstream[1])
@@ -87,7 +86,9 @@ def row_values(
     if not dense:
         values = kernels.sparse_divergence_fused(logits, teacher, spec, grad_divergence, grad_cross_entropy, gradient)
         return values
-    log_probs = dense_log_probs(teacher, spec, logits.shape[1], compute_dtype(logits, None))
+    log_probs, silent = dense_rows(teacher, spec, logits.shape[1], compute_dtype(logits, None))
+    if silent is not None and grad_divergence is not None:
+        grad_divergence = grad_divergence.masked_fill(silent, 0.0)
     spec = spec._replace(teacher_temperature=1.0, teacher_temperatures=None)
     if gradient is None or grad_divergence is None:
         values = kernels.divergence_forward(logits, log_probs, spec)[:2]
@@ -95,4 +96,4 @@ def row_values(
         values = kernels.divergence_fused(
             logits, log_probs, spec, grad_divergence, grad_cross_entropy, gradient, None
         )
-    return values
+    return values if silent is None else (values[0].masked_fill(silent, 0.0), values[1])

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdkernels import records
 from kdkernels.backends import native
 from kdkernels.backends.rows import STATISTICS, RowSpec, Scales, compute_dtype
-from kdkernels.backends.sparse_rows import SparseRows
+from kdkernels.backends.sparse_rows import Records, SparseRows
 
 __all__ = [
     "SAVED_STATISTICS",
@@ -17,10 +18,12 @@ __all__ = [
     "divergence_forward",
     "divergence_fused",
     "divergence_total",
+    "pack_records",
     "sparse_divergence_fused",
     "status",
     "supports",
     "token_statistics",
+    "unpack_records",
 ]
 
 SAVED_STATISTICS = 0
@@ -203,8 +206,7 @@ def sparse_divergence_fused(
     divergence = torch.empty(rows, dtype=compute_dtype(student, None))
     cross_entropy = divergence.new_empty(0 if spec.labels is None else rows)
     student_type = _DTYPES[student.dtype]
-    ids, values, constants = teacher.ids, teacher.values, teacher.constants
-    _module().sparse_divergence(
+    wrong = _module().sparse_divergence(
         torch.get_num_threads(),
         student_type == _FLOAT64,
         rows,
@@ -221,22 +223,37 @@ def sparse_divergence_fused(
         _address(spec.active),
         *spec[:3],
         teacher.policy,
-        ids.shape[1],
-        ids.data_ptr(),
-        ids.stride(0),
-        ids.dtype == torch.int64,
-        values.data_ptr(),
-        values.stride(0),
-        _DTYPES[values.dtype],
-        _address(constants),
-        0 if constants is None else _DTYPES[constants.dtype],
+        *_entries(teacher),
+        *_records(teacher.records, rows),
         divergence.data_ptr(),
         _address(cross_entropy),
         _address(grad_divergence),
         _address(grad_cross_entropy),
         *((0, 0) if grad_student is None else (grad_student.data_ptr(), grad_student.stride(0))),
     )
+    if wrong < rows:
+        records.refuse_record(wrong)
     return divergence, cross_entropy
+
+
+def _entries(teacher: SparseRows) -> tuple[Any, ...]:
+    """(entries per row, ids and their stride, whether int64, values, their stride and dtype, constants and dtype)."""
+    ids, values, constants = teacher.ids, teacher.values, teacher.constants
+    if ids is None or values is None:
+        return (0, 0, 0, True, 0, 0, 0, 0, 0)
+    constant = (0, 0) if constants is None else (constants.data_ptr(), _DTYPES[constants.dtype])
+    wide = ids.dtype == torch.int64
+    return (ids.shape[1], ids.data_ptr(), ids.stride(0), wide, values.data_ptr(), values.stride(0),
+            _DTYPES[values.dtype], *constant)
+
+
+def _records(packed: Records | None, rows: int) -> tuple[int, ...]:
+    """(data, where each row's record begins, counts, the largest, bits)."""
+    if packed is None:
+        return (0, 0, 0, 0, 0)
+    assert packed.offsets is not None
+    largest = int(packed.counts.max()) if rows else 0
+    return packed.data.data_ptr(), packed.offsets.data_ptr(), packed.counts.data_ptr(), largest, packed.bits
 
 
 def token_statistics(student: Tensor, teacher: Tensor | None, spec: RowSpec) -> tuple[Tensor, Tensor]:
@@ -245,3 +262,57 @@ def token_statistics(student: Tensor, teacher: Tensor | None, spec: RowSpec) -> 
     argmax = torch.empty(rows, 2, dtype=torch.int64)
     _module().token_statistics(*_sides(student, teacher, spec), values.data_ptr(), argmax.data_ptr())
     return values, argmax
+
+
+def pack_records(
+    ids: Tensor, log_probs: Tensor, log_tail_mass: Tensor | None, vocab: int, bits: int
+) -> tuple[Tensor, Tensor]:
+    """See ``kdkernels.reference.records.pack_records``: the same bytes."""
+    ids, log_probs, log_tail_mass, counts = records.rows_to_pack(ids, log_probs, log_tail_mass)
+    sizes = records.record_sizes(counts, vocab, bits)
+    ends = sizes.cumsum(0)
+    data = torch.empty(int(ends[-1]) if len(ends) else 0, dtype=torch.uint8)
+    offsets = ends - sizes
+    rows, width = ids.shape
+    wrong = _module().pack_records(
+        torch.get_num_threads(),
+        rows,
+        width,
+        vocab,
+        bits,
+        counts.data_ptr(),
+        offsets.data_ptr(),
+        data.data_ptr(),
+        ids.data_ptr(),
+        log_probs.data_ptr(),
+        log_tail_mass.data_ptr(),
+    )
+    if wrong < rows:
+        records.check_entries(ids, log_probs, vocab)
+    return data, counts
+
+
+def unpack_records(data: Tensor, counts: Tensor, vocab: int, bits: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``kdkernels.reference.records.unpack_records``."""
+    data, counts = data.contiguous(), counts.contiguous()
+    offsets = records.record_offsets(data, counts, vocab, bits, width)
+    rows = len(counts)
+    ids = torch.empty(rows, width, dtype=torch.int64)
+    log_probs = torch.empty(rows, width)
+    log_tail_mass = torch.empty(rows)
+    wrong = _module().unpack_records(
+        torch.get_num_threads(),
+        rows,
+        width,
+        vocab,
+        bits,
+        counts.data_ptr(),
+        offsets.data_ptr(),
+        data.data_ptr(),
+        ids.data_ptr(),
+        log_probs.data_ptr(),
+        log_tail_mass.data_ptr(),
+    )
+    if wrong < rows:
+        records.refuse_record(wrong)
+    return ids, log_probs, log_tail_mass

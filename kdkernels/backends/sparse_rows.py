@@ -14,8 +14,9 @@ from torch import Tensor
 
 from kdkernels.backends.rows import RowSpec, row_temperature
 from kdkernels.divergences import Kind
+from kdkernels.records import record_offsets, record_sizes
 
-__all__ = ["NOTHING", "Entries", "Policy", "SparseRows", "dense_log_probs", "entries", "needs_dense_rows"]
+__all__ = ["NOTHING", "Entries", "Policy", "Records", "SparseRows", "dense_rows", "entries", "needs_dense_rows"]
 
 LOG_FLOOR = -1e5
 """Log-probabilities are clamped here from below, as logits are: probability 0, and every product stays finite."""
@@ -34,23 +35,78 @@ class Policy(enum.IntEnum):
     SAMPLED = 4
 
 
+class Records(NamedTuple):
+    """Rows as packed records (``csrc/math/records.h``).
+
+    data: uint8 ``[bytes]``. counts: int32 ``[N]``, entries of each row. bits: of a value.
+    offsets: int64 ``[N]``, where in the data a row begins; None: one record after the other, all of the data.
+    """
+
+    data: Tensor
+    counts: Tensor
+    bits: int
+    offsets: Tensor | None = None
+
+    def located(self, vocab: int) -> Records:
+        """With offsets. Counts that do not go with the data are refused: nothing is read outside it afterwards."""
+        if self.offsets is not None:
+            return self
+        return self._replace(offsets=record_offsets(self.data, self.counts, vocab, self.bits, vocab))
+
+    def take(self, index: slice | Tensor) -> Records:
+        """Some of the rows, once they are located."""
+        assert self.offsets is not None
+        return self._replace(counts=self.counts[index], offsets=self.offsets[index])
+
+
 class SparseRows(NamedTuple):
-    """A sparse teacher as rows.
+    """A sparse teacher as rows: ids and values, or records.
 
     ids: ``[N, K]``, int64 or int32, adjacent in a row; those outside the vocabulary are no entries.
     values: ``[N, K]``, log-probabilities, or weights if the policy is ``SAMPLED``; adjacent in a row.
     constants: ``[N]``, the log tail mass, or the entropy of a sampled teacher; None: not known.
     """
 
-    ids: Tensor
-    values: Tensor
-    constants: Tensor | None
     policy: int
+    ids: Tensor | None = None
+    values: Tensor | None = None
+    constants: Tensor | None = None
+    records: Records | None = None
+
+    def located(self, vocab: int) -> SparseRows:
+        """With the place of every record."""
+        return self if self.records is None else self._replace(records=self.records.located(vocab))
 
     def take(self, index: slice | Tensor) -> SparseRows:
-        """Some of the rows."""
-        constants = None if self.constants is None else self.constants[index]
-        return self._replace(ids=self.ids[index], values=self.values[index], constants=constants)
+        """Some of the rows, once they are located."""
+
+        def pick(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[index]
+
+        return SparseRows(
+            self.policy,
+            pick(self.ids),
+            pick(self.values),
+            pick(self.constants),
+            None if self.records is None else self.records.take(index),
+        )
+
+    def unpacked(self, vocab: int) -> SparseRows:
+        """Records as ids, log-probabilities and log tail masses."""
+        if self.records is None:
+            return self
+        located = self.records.located(vocab)
+        assert located.offsets is not None
+        data, counts = located.data, located.counts
+        if self.records.offsets is not None:  # some of the rows: gather their bytes
+            sizes = record_sizes(counts, vocab, located.bits)
+            starts = (located.offsets - (sizes.cumsum(0) - sizes)).repeat_interleave(sizes)
+            data = data[starts + torch.arange(len(starts), device=data.device)]
+        from kdkernels.backends.cpu import unpack_records
+
+        width = int(counts.max()) if len(counts) else 0
+        ids, log_probs, log_tail = unpack_records(data, counts, vocab, located.bits, width)
+        return SparseRows(self.policy, ids, log_probs, log_tail)
 
 
 class Entries(NamedTuple):
@@ -74,6 +130,9 @@ def needs_dense_rows(policy: int, kind: int) -> bool:
 
 def entries(teacher: SparseRows, spec: RowSpec, vocab: int, dtype: torch.dtype) -> Entries:
     """The entries of rows at the teacher's temperature, which counts from the one they are stored at. In float64 inside."""
+    teacher = teacher.unpacked(vocab)
+    assert teacher.ids is not None
+    assert teacher.values is not None
     ids = teacher.ids.long()
     present = (ids >= 0) & (ids < vocab)
     if spec.active is not None:
@@ -122,11 +181,12 @@ def merged(ids: Tensor, weights: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
     return torch.full_like(ids, vocab).scatter(-1, place, ids), sums
 
 
-def dense_log_probs(teacher: SparseRows, spec: RowSpec, vocab: int, dtype: torch.dtype) -> Tensor:
-    """The teacher's log-probabilities ``[N, V]`` with the tail filled in: spread evenly, or of probability 0."""
+def dense_rows(teacher: SparseRows, spec: RowSpec, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """(log-probabilities ``[N, V]`` with the tail filled in, evenly or with probability 0; the rows that say nothing)."""
     found = entries(teacher, spec, vocab, dtype)
     outside = vocab - (found.ids < vocab).sum(-1)
+    silent = None if teacher.policy == Policy.UNIFORM else outside == vocab
     fill = found.log_tail - outside.clamp(min=1).to(dtype).log()
     # Columns behind the vocabulary take what is no entry, and start every row on a boundary that vectors like.
     rows = fill.clamp(min=LOG_FLOOR).unsqueeze(-1).repeat(1, (vocab // 16 + 1) * 16)
-    return rows.scatter_(-1, found.ids, found.values.clamp(min=LOG_FLOOR))[:, :vocab]
+    return rows.scatter_(-1, found.ids, found.values.clamp(min=LOG_FLOOR))[:, :vocab], silent

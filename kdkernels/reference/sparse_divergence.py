@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends.rows import RowSpec, compute_dtype, row_temperature
-from kdkernels.backends.sparse_rows import NOTHING, Policy, SparseRows, dense_log_probs, entries, needs_dense_rows
+from kdkernels.backends.sparse_rows import NOTHING, Policy, SparseRows, dense_rows, entries, needs_dense_rows
 from kdkernels.divergences import Kind
 from kdkernels.reference.rows import blank_inactive, formula, tempered_log_softmax
 
@@ -28,7 +28,7 @@ def divergence(student: Tensor, teacher: SparseRows, spec: RowSpec) -> Tensor:
         if teacher.constants is not None:
             value = value - teacher.constants.to(dtype)
     elif policy == Policy.UNIFORM or needs_dense_rows(policy, kind):
-        value = formula(kind, dense_log_probs(teacher, spec, vocab, dtype), log_q, spec.a, spec.b)
+        value = formula(kind, dense_rows(teacher, spec, vocab, dtype)[0], log_q, spec.a, spec.b)
     else:
         log_q_named = log_q.gather(-1, found.ids.clamp(max=vocab - 1)).masked_fill(~named, NOTHING)
         log_p, log_q = found.values, torch.cat([log_q_named, tail(log_q, found.ids, policy)], -1)
