@@ -53,16 +53,18 @@ struct Kernels {
   const char* name;
   bool (*divergence)(const RowProblem&);
   bool (*token_statistics)(const RowProblem&);
+  bool (*sparse_divergence)(SparseProblem&);
   bool (*pack_records)(RecordProblem&);
   bool (*unpack_records)(RecordProblem&);
   bool (*topk)(const TopKProblem&);
   bool (*sample)(const SampleProblem&);
 };
 
-#define KD_KERNELS(isa)                                                                                          \
-  Kernels {                                                                                                      \
-    #isa, isa::divergence, isa::token_statistics, isa::pack_records, isa::unpack_records, isa::topk, isa::sample \
-  }
+#define KD_KERNELS(isa)                                                                                           \
+  Kernels {                                                                                                       \
+    #isa, isa::divergence, isa::token_statistics, isa::sparse_divergence, isa::pack_records, isa::unpack_records, \
+        isa::topk, isa::sample
+}  // namespace
 
 bool processor_has(const std::string& isa) {
 #if defined(KD_HAVE_X86_ISAS)
@@ -126,8 +128,8 @@ void check_labels(const RowProblem& problem) {
   }
 }
 
-template <class Problem>
-void run(bool (*kernel)(const Problem&), Problem& problem) {
+template <class Kernel, class Problem>
+void run(Kernel kernel, Problem& problem) {
   // Below this a second thread costs more than it brings.
   if (problem.rows * problem.vocab < 32768) problem.threads = 1;
   if (problem.rows < problem.threads) problem.threads = problem.rows < 1 ? 1 : static_cast<int>(problem.rows);
@@ -139,7 +141,8 @@ void run(bool (*kernel)(const Problem&), Problem& problem) {
   if (!done) throw std::bad_alloc();
 }
 
-void launch(bool (*kernel)(const RowProblem&), RowProblem& problem) {
+template <class Kernel, class Problem>
+void launch(Kernel kernel, Problem& problem) {
   check_labels(problem);
   run(kernel, problem);
 }
@@ -211,6 +214,46 @@ void token_statistics(int threads, bool compute_double, int64_t rows, int64_t vo
   problem.statistics = reinterpret_cast<void*>(statistics);
   problem.argmax = reinterpret_cast<int64_t*>(argmax);
   launch(chosen().token_statistics, problem);
+}
+
+// The first row that is malformed, or the number of rows.
+int64_t sparse_divergence(int threads, bool compute_double, int64_t rows, int64_t vocab, Address student,
+                          int64_t student_stride, int student_dtype, double student_temperature,
+                          Address student_temperatures, double teacher_temperature, Address teacher_temperatures,
+                          double student_softcap, Address labels, Address active, int kind, double a, double b,
+                          int policy, int64_t entries, Address ids, int64_t id_stride, bool wide_ids, Address values,
+                          int64_t value_stride, int value_dtype, Address constants, int constant_dtype, Address records,
+                          Address offsets, Address counts, int64_t largest_count, int bits, Address divergence,
+                          Address cross_entropy, Address grad_divergence, Address grad_cross_entropy,
+                          Address grad_student, int64_t grad_student_stride) {
+  SparseProblem problem;
+  static_cast<RowProblem&>(problem) =
+      sides(threads, compute_double, rows, vocab, matrix(student, student_stride, student_dtype), Matrix(),
+            per_row(student_temperature, student_temperatures), per_row(teacher_temperature, teacher_temperatures),
+            student_softcap, 0, labels, active);
+  problem.kind = kind;
+  problem.a = a;
+  problem.b = b;
+  problem.policy = static_cast<Policy>(policy);
+  problem.entries = entries;
+  problem.ids = reinterpret_cast<const void*>(ids);
+  problem.id_stride = id_stride;
+  problem.wide_ids = wide_ids;
+  problem.values = matrix(values, value_stride, value_dtype);
+  problem.constants = matrix(constants, 1, constant_dtype);
+  problem.records = reinterpret_cast<const uint8_t*>(records);
+  problem.offsets = reinterpret_cast<const int64_t*>(offsets);
+  problem.counts = reinterpret_cast<const int32_t*>(counts);
+  problem.bits = bits;
+  if (records) problem.entries = largest_count;
+  problem.divergence = reinterpret_cast<void*>(divergence);
+  problem.cross_entropy = reinterpret_cast<void*>(cross_entropy);
+  problem.grad_divergence = per_row(0, grad_divergence);
+  problem.grad_cross_entropy = per_row(0, grad_cross_entropy);
+  problem.grad_student = matrix(grad_student, grad_student_stride, student_dtype);
+  problem.fresh_gradients = true;
+  launch(chosen().sparse_divergence, problem);
+  return problem.wrong_row;
 }
 
 RecordProblem records(int threads, int64_t rows, int64_t width, int64_t vocab, int bits, Address counts,
@@ -294,13 +337,14 @@ void sample(int threads, bool compute_double, int64_t rows, int64_t vocab, Addre
   run(chosen().sample, problem);
 }
 
-}  // namespace
+}  // namespace kd
 }  // namespace kd
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "CPU kernels of kdkernels. Addresses and sizes are trusted: call through kdkernels.backends.cpu.";
   module.def("divergence", &kd::divergence);
   module.def("token_statistics", &kd::token_statistics);
+  module.def("sparse_divergence", &kd::sparse_divergence);
   module.def("pack_records", &kd::pack_records);
   module.def("unpack_records", &kd::unpack_records);
   module.def("topk", &kd::topk);

@@ -15,6 +15,7 @@ from kdkernels.checks import check_real
 from kdkernels.divergences import Divergence, ForwardKL
 from kdkernels.ops import divergence as divergence_ops
 from kdkernels.ops import linear_divergence as linear_divergence_ops
+from kdkernels.ops import sparse_divergence as sparse_divergence_ops
 from kdkernels.ops import token_statistics as token_statistics_ops
 from kdkernels.ops import topk as topk_ops
 from kdkernels.picking import sampled_logits, top_k_logits, uniform_numbers
@@ -23,7 +24,7 @@ from kdkernels.reference import divergence as divergence_reference
 from kdkernels.reference import records as records_reference
 from kdkernels.reference import topk as topk_reference
 from kdkernels.reference.token_statistics import statistics as reference_statistics
-from kdkernels.sources import PackedLogits, SampledLogits, Source, TopKLogits
+from kdkernels.sources import PackedLogits, SampledLogits, Source, SparseTeacher, TopKLogits
 from kdkernels.statistics import TokenStatistics
 from kdkernels.transforms import transformed
 
@@ -32,7 +33,7 @@ __all__ = ["distillation_loss", "pack", "sample_logits", "token_statistics", "to
 
 def distillation_loss(
     student: Source,
-    teacher: Source,
+    teacher: Source | SparseTeacher,
     divergence: Divergence = ForwardKL(),  # noqa: B008 - immutable
     *,
     temperature: float | Tensor = 1.0,
@@ -60,10 +61,12 @@ def distillation_loss(
 
     Args:
         student, teacher: logits ``[..., V]`` (a tensor or ``kd.Logits``) or a ``kd.LMHead``, in any pairing; float32,
-            bfloat16, float16 or float64. Sums run in float32 at least.
+            bfloat16, float16 or float64. Sums run in float32 at least. The teacher may also be truncated or sampled, see
+            below.
         divergence: an instance such as ``kd.ForwardKL()`` or ``kd.JSD(0.5)``.
         temperature: positive number, or tensor ``[...]`` with one per token.
-        teacher_temperature: the same for the teacher; None: that of the student.
+        teacher_temperature: the same for the teacher; None: that of the student. What is stored of a sparse teacher is
+            brought from its own temperature to this one if its tail allows, else both must be equal.
         weight: weight per token ``[...]``.
         mask: bool ``[...]``, True where a token counts. What stands elsewhere has no influence, even NaN.
         labels: token ids ``[...]``; a label equal to ``ignore_index`` drops the token.
@@ -80,8 +83,23 @@ def distillation_loss(
         backend: "reference", "cpu" or "triton"; None takes the best available, and in ``torch.func`` transformations and
             forward-mode differentiation the reference.
 
+    Sparse teachers. Of a truncated teacher, ``kd.TopKLogits`` or ``kd.PackedLogits`` for tokens ``[...]``, the named ids
+    K have the probabilities p, and r is left. q_r is the student's mass outside K, summed there and not as a difference.
+
+    - tail="bucket": D of the outcomes (p, q) for K and (r, q_r). Exact for what is stored, and a lower bound of the
+      divergence of the whole vocabulary.
+    - tail="renormalize": p / (1 - r) on K and 0 elsewhere; ReverseKL, Jeffreys and AlphaDivergence below 0 are infinite
+      then, and refused. Exact at any temperature: the softmax over K.
+    - tail="uniform": r / (V - k) on each other id; at another temperature that flat tail is tempered as well.
+    - tail="drop": the terms of K alone, which may be negative. Renyi: the sum inside its logarithm is over K.
+
+    A token without entries is all tail; under "renormalize" and "drop" it says nothing and its divergence is 0. With all
+    the vocabulary in K, every tail gives what dense logits give. Of ``kd.SampledLogits`` only ForwardKL can be computed:
+    ``-sum weights log q``, less the entropy if it is known (Sparse Logit Sampling, arXiv 2503.16870, equation 4).
+
     Returns:
-        A 0-d tensor, or ``[...]`` without reduction: float32, or float64 if a side is float64.
+        A 0-d tensor, or ``[...]`` without reduction: float32, or float64 if a side is float64 (of sparse teachers: the
+        student).
 
     Raises:
         TypeError, ValueError: an argument is refused; the text names it.
@@ -115,11 +133,11 @@ def distillation_loss(
     backend = backend_for(backend, device)
     if backend == "reference":
         return divergence_reference.loss(problem, total)
-    assert problem.teacher is not None
     refuse_temperature_gradient(problem)
-    linear = problem.student.weight is not None or problem.teacher.weight is not None
+    sides = [side for side in (problem.student, problem.teacher) if side is not None]
+    linear = any(side.weight is not None for side in sides)
     # Half precision underflows unless the gradient is made with its upstream factor, such as a GradScaler's.
-    half = torch.float16 in (problem.student.tensor.dtype, problem.teacher.tensor.dtype)
+    half = torch.float16 in {side.tensor.dtype for side in sides}
     if autocast_dtype(device):
         with autocast_disabled(device):
             return fused_loss(problem, total, linear, half, memory_budget, backend)
@@ -150,11 +168,15 @@ def fused_loss(
     """The loss by operators: as a total with its gradient where that is possible, else row by row."""
     if total.reduction != "none" and not half:
         scales = row_scales(problem, total)
+        if problem.sparse is not None:
+            return sparse_divergence_ops.total(problem, scales, memory_budget, backend)
         if linear:
             return linear_divergence_ops.total(problem, scales, memory_budget, backend)
         if divergence_ops.has_total(backend, scales):
             return divergence_ops.total(problem, scales, backend)
-    if linear:
+    if problem.sparse is not None:
+        value, cross_entropy = sparse_divergence_ops.rows(problem, memory_budget, backend)
+    elif linear:
         value, cross_entropy = linear_divergence_ops.rows(problem, memory_budget, backend)
     else:
         value, cross_entropy = divergence_ops.rows(problem, backend)

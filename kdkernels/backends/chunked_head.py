@@ -47,11 +47,12 @@ class SideGradients(NamedTuple):
     bias: Tensor | None = None
 
 
-def chunks(sides: list[Side], memory_budget: int | None) -> Iterator[slice]:
-    """Equal runs of rows whose logits fit the budget, at least one row each."""
+def chunks(sides: list[Side], memory_budget: int | None, *, extra_row_bytes: int = 0) -> Iterator[slice]:
+    """Equal runs of rows whose logits, and what else a row takes, fit the budget, at least one row each."""
     rows = sides[0].tensor.shape[0]
     budget = DEFAULT_BUDGET.get(sides[0].tensor.device.type, 1 << 30) if memory_budget is None else memory_budget
     row_bytes = sum(side.weight.shape[0] * side.tensor.element_size() for side in sides if side.weight is not None)
+    row_bytes += extra_row_bytes
     fitting = max(1, budget // max(1, row_bytes))
     count = -(-rows // fitting)
     size = -(-rows // count) if count else 1
@@ -65,7 +66,10 @@ class Head:
         self.side = side
         self.needs = needs
         self.active = active
-        self.tensor_gradient = side.tensor.new_empty(side.tensor.shape) if needs.tensor else None
+        self.tensor_gradient: Tensor | None = None
+        if needs.tensor:
+            donated = side.donate and side.weight is None
+            self.tensor_gradient = side.tensor if donated else side.tensor.new_empty(side.tensor.shape)
         self.weight_sum: Tensor | None = None
         self.bias_sum: Tensor | None = None
         self.buffer: Tensor | None = None

@@ -13,6 +13,8 @@ is float64 if either side is, else float32.
     Both at once, for a caller who knows the upstream gradient beforehand; returns ``(divergence, cross_entropy)``.
 ``divergence_total(student, teacher, spec, scales, grad_student, grad_teacher) -> 0-d tensor``
     Optional, where one call per loss is worth having: the scaled sum of the values, with its gradients.
+``sparse_divergence_fused(student, teacher, spec, grad_divergence, grad_cross_entropy, grad_student)``
+    The same for a teacher of ``SparseRows`` (see ``sparse_rows``); without ``grad_student`` the values alone.
 ``token_statistics(student, teacher or None, spec) -> (values [N, 10], argmax [N, 2])``
     The columns are named in ``STATISTICS``.
 ``topk(logits, k, tempering) -> (ids int64 [N, k], log_probs [N, k], log_tail_mass [N])``
