@@ -63,8 +63,8 @@ struct Kernels {
 #define KD_KERNELS(isa)                                                                                           \
   Kernels {                                                                                                       \
     #isa, isa::divergence, isa::token_statistics, isa::sparse_divergence, isa::pack_records, isa::unpack_records, \
-        isa::topk, isa::sample
-}  // namespace
+        isa::topk, isa::sample                                                                                    \
+  }
 
 bool processor_has(const std::string& isa) {
 #if defined(KD_HAVE_X86_ISAS)
@@ -337,7 +337,7 @@ void sample(int threads, bool compute_double, int64_t rows, int64_t vocab, Addre
   run(chosen().sample, problem);
 }
 
-}  // namespace kd
+}  // namespace
 }  // namespace kd
 
 PYBIND11_MODULE(_native, module) {
