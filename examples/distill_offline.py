@@ -5,7 +5,7 @@
     python examples/distill_offline.py --device cuda --tokens 8192 --store-tokens 80000 --steps 200
 
 The teacher (SmolLM2-135M-Instruct) reads Python's language reference once, as ``kdkernels cache`` runs it: its most
-probable tokens go into a store, some 70 bytes per token instead of 196,608. Then the same student is trained twice, on
+probable tokens go into a store, some 150 bytes per token instead of 196,608. Then the same student is trained twice, on
 the same batches in the same order: offline, from the store alone, in a process that never loads the teacher and decodes
 the records inside the loss; and online, with the teacher in memory. The two processes take turns, a step each.
 

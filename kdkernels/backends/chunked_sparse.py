@@ -93,7 +93,5 @@ def row_values(
     if gradient is None or grad_divergence is None:
         values = kernels.divergence_forward(logits, log_probs, spec)[:2]
     else:
-        values = kernels.divergence_fused(
-            logits, log_probs, spec, grad_divergence, grad_cross_entropy, gradient, None
-        )
+        values = kernels.divergence_fused(logits, log_probs, spec, grad_divergence, grad_cross_entropy, gradient, None)
     return values if silent is None else (values[0].masked_fill(silent, 0.0), values[1])

@@ -91,7 +91,9 @@ def run_cache(
             )
             files = find_files(data, pattern)
             with console(error=True).status("Loading the teacher"):
-                model = load_teacher(teacher, gguf_file=gguf_file, device=place, dtype=dtype and dtype.torch)
+                model = load_teacher(
+                    teacher, gguf_file=gguf_file, device=place, dtype=None if dtype is None else dtype.torch
+                )
             cache_files(model, files, out, settings, sequence_length=sequence_length, separator=separator, limit=limit)
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None

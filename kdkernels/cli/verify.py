@@ -53,7 +53,9 @@ def run_verify(
         elif teacher is not None:
             place = check_device(device_of_share(device))
             with console(error=True).status("Loading the teacher"):
-                model = load_teacher(teacher, gguf_file=gguf_file, device=place, dtype=dtype and dtype.torch)
+                model = load_teacher(
+                    teacher, gguf_file=gguf_file, device=place, dtype=None if dtype is None else dtype.torch
+                )
             ds = kd.store.open(store)
             if ds.description.teacher not in (None, model.fingerprint()):
                 typer.echo(
@@ -83,7 +85,7 @@ def verify_files(store: str) -> list[str]:
         found = kd.store.verify(store, progress=lambda _, done, total: bar.update(task, completed=done, total=total))
     if found.ok:
         typer.echo(
-            f"{store} is sound: {found.shards:,} shards with {found.sequences:,} sequences, {found.tokens:,} tokens, "
+            f"{store} is sound: {counted(found.shards, 'shard')} with {counted(found.sequences, 'sequence')}, {found.tokens:,} tokens, "
             f"{format_bytes(found.bytes)}"
         )
     return found.problems
@@ -120,3 +122,7 @@ def show(deviations: list[Deviation]) -> None:
     if deviations:
         mean = statistics.fmean(one.kl for one in deviations)
         output.print(f"mean KL of {len(deviations)} sequences: {mean:.2e} nats per token", markup=False)
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -74,9 +74,7 @@ def or_empty(gradients: SideGradients, like: Tensor) -> list[Tensor]:
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     student, teacher, (memory_budget, backend, *packed) = split(arguments)
-    found = chunked_sparse.divergence(
-        student, teacher, unpack_spec(packed), None, Needs(False), memory_budget, backend
-    )
+    found = chunked_sparse.divergence(student, teacher, unpack_spec(packed), None, Needs(False), memory_budget, backend)
     return found[:2]
 
 
@@ -151,9 +149,7 @@ def setup_rows(ctx: Any, inputs: Arguments, output: tuple[Tensor, Tensor]) -> No
 
 
 def backward_rows(ctx: Any, grad_divergence: Tensor | None, grad_cross_entropy: Tensor | None) -> Arguments:
-    arguments = tuple(
-        other if tensor is None else tensor for tensor, other in zip(saved(ctx), ctx.others, strict=True)
-    )
+    arguments = tuple(other if tensor is None else tensor for tensor, other in zip(saved(ctx), ctx.others, strict=True))
     student, teacher, (memory_budget, backend, *packed) = split(arguments)
     wanted = list(ctx.needs_input_grad[:STUDENTS])
     if grad_divergence is None:
@@ -288,7 +284,9 @@ class FusedTotal(torch.autograd.Function):
         student, weight, bias = tensors
         assert student is not None
         wanted = ctx.needs_input_grad[3:]
-        ctx.donated = donate and weight is None and wanted[0] and (len(student) == 1 or student.stride(0) >= student.shape[1])
+        ctx.donated = (
+            donate and weight is None and wanted[0] and (len(student) == 1 or student.stride(0) >= student.shape[1])
+        )
         side = Side(student.detach(), weight, bias, scale, donate=ctx.donated)
         scales = divergence_scale, cross_entropy_scale
         divergence, cross_entropy, gradients = with_gradients(
