@@ -139,6 +139,7 @@ class OfflineJob:
         layers = smollm2.spread_layers(available, min(self.settings.student_layers, available))
         smollm2.cut_student(teacher.model, layers).save_pretrained(self.models / STUDENT)
         smollm2.cut_student(teacher.model, range(available)).save_pretrained(self.models / TEACHER)
+        teacher.tokenizer.save_pretrained(self.models / TEACHER)
         self.results.layers = {"student": layers, "teacher": available}
 
     def prepare_held_out(self, teacher: Teacher, sequences: torch.Tensor) -> None:

@@ -141,7 +141,7 @@ def test_the_store_holds_what_the_teacher_says(run: Any, folder: Path, teacher: 
         )
     description = ds.description
     assert (description.k, description.top_p, description.temperature, description.codec) == (8, None, 1.5, "q8")
-    assert description.teacher == teacher.fingerprint()
+    assert description.teacher == f"teacher, float32, {teacher.fingerprint()}"
     assert f"{len(stream):,} tokens in sequences of 16, sha256:" in str(description.data)
 
 
@@ -417,6 +417,7 @@ def test_verify_a_sound_store(stored: Path, folder: Path) -> None:
     result = invoke("verify", str(stored), "--teacher", str(folder / "teacher"), "--sample", "3", "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert "is sound: 1 shard with" in result.output
+    assert "another teacher" not in result.output
     mean = float(re.search(r"mean KL of 3 sequences: (\S+) nats", result.output).group(1))  # type: ignore[union-attr]
     assert 1e-9 < mean < 1e-3
 

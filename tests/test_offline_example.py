@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import typer  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 import kdkernels as kd  # noqa: E402
+from kdkernels.cli import app as kdkernels_app  # noqa: E402
 
 VOCABULARY = 320
 SIZES = {
@@ -86,14 +88,8 @@ def test_the_store_teaches_what_the_teacher_teaches(teacher: Path, tmp_path: Pat
     assert struct.unpack(">II", picture[16:24]) >= (800, 400)
     assert len(picture) > 10_000
     line = next(line.strip() for line in finished.stdout.splitlines() if "kdkernels cache" in line)
-    again = subprocess.run(
-        [str(Path(sys.executable).parent / "kdkernels"), *line.removeprefix("kdkernels ").replace("'", "").split()],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert "nothing to do: all 16 sequences are stored" in again.stdout, again.stderr
+    again = CliRunner().invoke(kdkernels_app, shlex.split(line)[1:])
+    assert "nothing to do: all 16 sequences are stored" in again.output
 
 
 @pytest.mark.slow

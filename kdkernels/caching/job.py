@@ -115,7 +115,7 @@ def describe(teacher: Teacher, text: TokenSequences, settings: CacheSettings) ->
         k=settings.k,
         top_p=settings.top_p,
         tokenizer=tokenizer_fingerprint(teacher.tokenizer),
-        teacher=teacher.fingerprint(),
+        teacher=teacher.describe(),
         data=text.fingerprint,
     )
 

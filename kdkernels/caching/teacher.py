@@ -110,7 +110,7 @@ class Teacher:
 
     @torch.no_grad()
     def fingerprint(self) -> str:
-        """Name, dtype and a hash of the parameters: the same weights have the same, wherever they lie."""
+        """A hash of the parameters: the same weights have the same, wherever they lie."""
         digest = hashlib.sha256()
         for name, value in sorted(self.model.state_dict().items()):
             flat = value.reshape(-1)
@@ -119,8 +119,11 @@ class Teacher:
                 places = torch.arange(flat.numel())
             digest.update(f"{name}{tuple(value.shape)}".encode())
             digest.update(flat[places.to(flat.device)].double().cpu().numpy().tobytes())
-        dtype = str(self.output.weight.dtype).removeprefix("torch.")
-        return f"{self.name}, {dtype}, sha256:{digest.hexdigest()[:32]}"
+        return f"sha256:{digest.hexdigest()[:32]}"
+
+    def describe(self) -> str:
+        """For people and for comparisons: name, dtype and fingerprint."""
+        return f"{self.name}, {str(self.output.weight.dtype).removeprefix('torch.')}, {self.fingerprint()}"
 
 
 def find_weights(folder: Path, gguf_file: str | None) -> str | None:
