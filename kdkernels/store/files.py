@@ -19,11 +19,6 @@ import numpy.typing as npt
 
 from kdkernels.store.errors import StoreError
 
-try:
-    import fcntl
-except ImportError:  # not a POSIX system
-    fcntl = None  # type: ignore[assignment]
-
 __all__ = ["Bytes", "Files", "Range", "files_at"]
 
 Bytes = npt.NDArray[np.uint8]
@@ -193,11 +188,11 @@ class LocalFiles:
 
     @staticmethod
     def _try_lock(handle: Any) -> bool:
-        if fcntl is None:
-            return False
         try:
+            import fcntl
+
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # held by its writer, or the file system has no locks
+        except (ImportError, OSError):  # held by its writer, or there are no locks here
             return False
         return True
 

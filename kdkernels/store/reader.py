@@ -222,6 +222,7 @@ class StoreDataset(Dataset[Item]):
 
     def _load(self, places: Sequence[int]) -> list[StoredTokens]:
         """The bytes of sequences, verified."""
+        records.single_thread_after_fork()
         wanted = [self._shard_of(place) for place in places]
         parts = self._files.read([piece for shard, _, place in wanted for piece in shard.ranges(place)])
         return [

@@ -1,4 +1,4 @@
-"""The codec family ``records`` as the store uses it: natively where that is possible, also in a forked process."""
+"""The codec family ``records`` as the store uses it: natively where possible, and also in forked processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from kdkernels.backends import cpu
 from kdkernels.records import record_sizes
 
-__all__ = ["pack", "record_sizes", "unpack"]
+__all__ = ["pack", "record_sizes", "single_thread_after_fork", "unpack"]
 
 
 class Process:
@@ -20,8 +20,8 @@ class Process:
     pid = os.getpid()
 
 
-def backend() -> Any:
-    """The native codec, or the reference where there is no extension. A forked process computes in one thread from now on.
+def single_thread_after_fork() -> None:
+    """A forked process computes in one thread from now on; to be called before anything is computed.
 
     For libgomp, the OpenMP runtime of torch and of the extension, waits for ever in a forked child for threads that stayed
     with its parent.
@@ -29,6 +29,10 @@ def backend() -> Any:
     if Process.pid != os.getpid():
         torch.set_num_threads(1)
         Process.pid = os.getpid()
+
+
+def backend() -> Any:
+    """The native codec, or the reference where there is no extension."""
     if cpu.status()[0]:
         return cpu
     from kdkernels.reference import records as reference

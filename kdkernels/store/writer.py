@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from kdkernels.checks import check_integer
-from kdkernels.store import incoming, manifest, shards
+from kdkernels.store import incoming, manifest, records, shards
 from kdkernels.store.description import Description
 from kdkernels.store.files import Files, files_at
 from kdkernels.store.incoming import Teacher
@@ -103,6 +103,7 @@ class Writer:
         self._seen: dict[str, manifest.ShardEntry] = {}
         self._pending: dict[int, StoredSequence] = {}
         self._pending_bytes = 0
+        records.single_thread_after_fork()
         files.tidy()
         with contextlib.suppress(FileNotFoundError):
             self._settle(manifest.read(files).description)
