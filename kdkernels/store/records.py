@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdkernels.backends import cpu
 from kdkernels.records import record_sizes
+from kdkernels.reference import records as reference
 
 __all__ = ["pack", "record_sizes", "single_thread_after_fork", "unpack"]
 
@@ -33,11 +34,7 @@ def single_thread_after_fork() -> None:
 
 def backend() -> Any:
     """The native codec, or the reference where there is no extension."""
-    if cpu.status()[0]:
-        return cpu
-    from kdkernels.reference import records as reference
-
-    return reference
+    return cpu if cpu.status()[0] else reference
 
 
 def pack(

@@ -80,7 +80,7 @@ def seal(data: bytearray) -> bytearray:
 
     length = int.from_bytes(data[:8], "little")
     start, stop = (8 + length + offset for offset in json.loads(data[8 : 8 + length])["seal"]["data_offsets"])
-    data[start:stop] = hashlib.sha256(data[:start]).digest()
+    data[start:stop] = hashlib.sha256(data[:start]).digest().ljust(stop - start, b"\0")
     return data
 
 
