@@ -67,7 +67,7 @@ class Files(Protocol):
 
 def files_at(path: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> Files:
     """The files under ``path``, a folder or a URL that fsspec knows."""
-    text = os.fspath(path)
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str):
         raise TypeError(f"path must be a str or an os.PathLike of str, got {path!r}")
     if text.startswith(("file://", "local://")):

@@ -359,7 +359,9 @@ def test_forged_shards(tmp_path: Path, name: str) -> None:
     forget_shards(path)
     shard = next(file for file in shard_files(path) if b'"counts"' in file.read_bytes())
     change, message = FORGERIES[name]
-    hurts_checksums = any(word in message for word in ("token_ends", "record_ends", "shape", "dtype", "missing", "at least"))
+    hurts_checksums = any(
+        word in message for word in ("token_ends", "record_ends", "shape", "dtype", "missing", "at least")
+    )
     if name == "no seal":
         data = shard.read_bytes()
         shard.write_bytes(data.replace(b'"seal"', b'"sael"', 1))
