@@ -155,7 +155,7 @@ def test_the_same_sequence_from_two_writers(tmp_path: Path) -> None:
     first.append(teacher(2, 2, 3), [0, 1])
     second.append(teacher(2, 2, 3, seed=1), [1, 2])
     first.close()
-    with pytest.raises(ValueError, match="1 sequences were stored by another writer too, .*: sequence_ids 1$"):
+    with pytest.raises(ValueError, match=r"1 sequences were stored by another writer too, .*: sequence_ids 1$"):
         second.close()
     second.close()
     ds = kd.store.open(tmp_path)

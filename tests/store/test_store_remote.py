@@ -181,5 +181,5 @@ def test_connections_do_not_survive_a_fork(url: str) -> None:
 
 @pytest.mark.parametrize("path", [3, b"x", None])
 def test_what_is_no_path(path: Any) -> None:
-    with pytest.raises(TypeError, match="path must be a str or an os.PathLike of str, got"):
+    with pytest.raises(TypeError, match="path must be a str or"):
         kd.store.open(path)
