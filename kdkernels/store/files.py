@@ -6,6 +6,7 @@ Local folders take plain system calls; every other path goes through fsspec.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import socket
@@ -211,10 +212,13 @@ class LocalFiles:
 
     @staticmethod
     def _sync(folder: Path) -> None:
-        """Makes the names in ``folder`` durable."""
+        """Makes the names in ``folder`` durable, where the file system can."""
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
         finally:
             os.close(handle)
 

@@ -80,6 +80,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     return stores.contents(path)
 
 
+@pytest.mark.slow
 def test_three_writers_and_two_readers_at_once(tmp_path: Path, uninterrupted: dict[int, Any]) -> None:
     path = tmp_path / "store"
     with kd.store.write(path, vocab_size=VOCAB):
@@ -105,6 +106,7 @@ def test_three_writers_and_two_readers_at_once(tmp_path: Path, uninterrupted: di
     assert kd.store.verify(path).ok
 
 
+@pytest.mark.slow
 def test_writers_that_begin_together_agree(tmp_path: Path) -> None:
     """One creates the store; whoever describes it differently is refused, not mixed in."""
     for attempt in range(5):
@@ -233,6 +235,34 @@ def test_killed_after_every_step(tmp_path: Path, uninterrupted: dict[int, Any]) 
     assert reached > 20
 
 
+def test_what_has_a_name_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Content is synced before its file is named, and the name before anyone builds on it."""
+    path = tmp_path / "a" / "b"
+    events: list[str] = []
+
+    def sync(handle: int) -> None:
+        target = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        events.append(f"sync {target.relative_to(tmp_path).as_posix().split('.')[0]}")
+        if target.suffix == ".tmp":
+            assert target.stat().st_size > 100
+            assert not target.with_name(target.name.rsplit(".", 3)[0]).exists() or "manifest" in target.name
+
+    rename, link = Path.replace, os.link
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Path, "replace", lambda self, to: (events.append(f"name {to.stem}"), rename(self, to))[1])
+    monkeypatch.setattr(os, "link", lambda old, to: (events.append(f"name {to.stem}"), link(old, to))[1])
+    with kd.store.write(path, vocab_size=VOCAB) as w:
+        w.append(teacher(1, 2, 3), [0])
+    shard = shard_files(path)[0].stem
+    assert events == [
+        "sync a",
+        "sync ",
+        *("sync a/b/manifest", "name manifest", "sync a/b"),
+        *(f"sync a/b/{shard}", f"name {shard}", "sync a/b"),
+        *("sync a/b/manifest", "name manifest", "sync a/b"),
+    ]
+
+
 def test_the_temporary_file_of_a_living_writer_stays(tmp_path: Path) -> None:
     place = files.LocalFiles(str(tmp_path))
     with place._temporary("shard") as handle:
@@ -290,6 +320,26 @@ def test_no_room_for_the_manifest(tmp_path: Path) -> None:
     assert len(kd.store.open(tmp_path)) == 1
     w.close()
     assert (tmp_path / "manifest.json").read_bytes() != before
+
+
+def test_interrupted_after_the_shard_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer does not know that its shard is there, and must neither lose it nor store it twice."""
+    w = kd.store.write(tmp_path, vocab_size=VOCAB)
+    w.append(teacher(2, 2, 3), [0, 1])
+    sync = files.LocalFiles._sync
+
+    def interrupted(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.LocalFiles, "_sync", staticmethod(interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        w.flush()
+    monkeypatch.setattr(files.LocalFiles, "_sync", staticmethod(sync))
+    assert len(shard_files(tmp_path)) == 1
+    w.append(teacher(1, 2, 3), [2])
+    w.close()
+    assert kd.store.open(tmp_path).sequence_ids.tolist() == [0, 1, 2]
+    assert len(shard_files(tmp_path)) == 2
 
 
 def test_a_writer_stays_in_its_process(tmp_path: Path) -> None:

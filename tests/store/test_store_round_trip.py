@@ -276,6 +276,23 @@ def test_the_wrong_vocabulary_or_tokenizer(tmp_path: Path) -> None:
         kd.store.open(tmp_path / "c")
 
 
+@pytest.mark.slow
+def test_fingerprint_of_a_transformers_tokenizer() -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+
+    def tokenizer(words: str, **special: str) -> object:
+        model = tokenizers.models.WordLevel({word: place for place, word in enumerate(words.split())}, unk_token="a")
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(model), **special)
+
+    fingerprint = kd.store.tokenizer_fingerprint
+    same = fingerprint(tokenizer("a b c", eos_token="c"))
+    assert same == fingerprint(tokenizer("a b c", eos_token="c"))
+    assert same.startswith("sha256:")
+    others = (tokenizer("a c b", eos_token="c"), tokenizer("a b c", eos_token="b"), tokenizer("a b c d", eos_token="c"))
+    assert len({same, *map(fingerprint, others)}) == 4
+
+
 def test_what_was_appended_before_an_error_is_stored(tmp_path: Path) -> None:
     def interrupted() -> None:
         with kd.store.write(tmp_path, vocab_size=VOCAB) as w:

@@ -65,6 +65,12 @@ def test_forms_of_prompt_logprobs() -> None:
     assert isinstance(several, list)
     assert [topk.ids.shape for topk in several] == [(3, 3), (2, 2), (1, 0)]
     assert torch.equal(several[0].ids, expected.ids)
+    flat = kd.store.from_vllm([{}, *PROMPT[1:]], vocab_size=10)
+    completion = kd.store.from_vllm(PROMPT[1:], vocab_size=10)
+    assert isinstance(flat, kd.TopKLogits)
+    assert isinstance(completion, kd.TopKLogits)
+    assert torch.equal(flat.ids, expected.ids)
+    assert torch.equal(completion.ids, expected.ids[:-1])
     # Equal probabilities go by id; impossible tokens are left out.
     ties = kd.store.from_vllm([None, {8: -1.0, 2: -1.0, 4: -math.inf, 6: -0.9}], vocab_size=10)
     assert isinstance(ties, kd.TopKLogits)
