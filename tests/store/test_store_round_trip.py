@@ -311,3 +311,22 @@ def test_importing_kdkernels_does_not_load_what_only_stores_need() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_without_the_extension(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the extension wrote is read without it, and the other way round."""
+    topk = teacher(2, 3, 4, ragged=True)
+    for native_writes in (True, False):
+        path = tmp_path / str(native_writes)
+        for native in (native_writes, not native_writes):
+            with monkeypatch.context() as patch:
+                if not native:
+                    patch.setattr(records.cpu, "status", lambda: (False, "not here"))
+                if native == native_writes:
+                    with kd.store.write(path, vocab_size=VOCAB) as w:
+                        w.append(topk, [0, 1])
+                found = [item["topk"] for item in kd.store.open(path)]
+            for row in range(2):
+                assert torch.equal(found[row].ids, decoded(one(topk, row)).ids)
+                torch.testing.assert_close(found[row].log_probs, decoded(one(topk, row)).log_probs)
+    assert stores.contents(tmp_path / "True") == stores.contents(tmp_path / "False")
