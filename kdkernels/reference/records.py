@@ -112,7 +112,7 @@ def unpack_records(data: Tensor, counts: Tensor, vocab: int, bits: int, width: i
 
 def rows_of_equal_count(counts: Tensor, sizes: Tensor) -> Iterator[tuple[Tensor, int]]:
     """The rows with entries, some at a time, all of one count: (their numbers, the count)."""
-    for count in counts[counts > 0].unique().tolist():
+    for count in torch.unique(counts[counts > 0]).tolist():
         rows = (counts == count).nonzero().squeeze(1)
         for chunk in rows.split(max(1, CHUNK_BITS // (8 * int(sizes[rows[0]])))):
             yield chunk, count

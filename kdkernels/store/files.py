@@ -6,6 +6,7 @@ Local folders take plain system calls; every other path goes through fsspec.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import socket
@@ -18,11 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 from kdkernels.store.errors import StoreError
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["Bytes", "Files", "Range", "files_at"]
 
@@ -72,7 +68,7 @@ class Files(Protocol):
 
 def files_at(path: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> Files:
     """The files under ``path``, a folder or a URL that fsspec knows."""
-    text = os.fspath(path)
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str):
         raise TypeError(f"path must be a str or an os.PathLike of str, got {path!r}")
     if text.startswith(("file://", "local://")):
@@ -193,11 +189,11 @@ class LocalFiles:
 
     @staticmethod
     def _try_lock(handle: Any) -> bool:
-        if fcntl is None:
-            return False
         try:
+            import fcntl
+
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # held by its writer, or the file system has no locks
+        except (ImportError, OSError):  # held by its writer, or there are no locks here
             return False
         return True
 
@@ -216,10 +212,13 @@ class LocalFiles:
 
     @staticmethod
     def _sync(folder: Path) -> None:
-        """Makes the names in ``folder`` durable."""
+        """Makes the names in ``folder`` durable, where the file system can."""
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
         finally:
             os.close(handle)
 

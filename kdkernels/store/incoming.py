@@ -119,12 +119,11 @@ def encode(source: Teacher, description: Description) -> list[Encoded]:
 
 def rows(source: TopKLogits, description: Description) -> tuple[Tensor, Tensor]:
     """Records and counts of the tokens of a ``TopKLogits``."""
-    width = source.ids.shape[-1]
-    ids = source.ids.detach().reshape(-1, width).cpu().long()
-    log_probs = source.log_probs.detach().reshape(-1, width).cpu().float()
+    ids = source.ids.detach().flatten(0, -2).cpu().long()
+    log_probs = source.log_probs.detach().flatten(0, -2).cpu().float()
     tail = source.log_tail_mass
     tail = None if tail is None else tail.detach().reshape(-1).cpu().float()
-    check_mass(log_probs, tail)
+    check_mass(log_probs.masked_fill(ids < 0, -torch.inf), tail)
     return records.pack(ids, log_probs, tail, description.vocab_size, description.bits)
 
 

@@ -122,9 +122,9 @@ class StoreDataset(Dataset[Item]):
     """The sequences of a store, in ascending order of their ids. See ``open_store``.
 
     ``ds[i]`` is ``{"sequence_id": int, "topk": TopKLogits [tokens, K], "input_ids": Tensor [tokens] or None}``, or with
-    ``packed=True`` ``"packed": PackedLogits [tokens]`` instead of "topk". Every read verifies the sequence's checksum. A
-    dataset may be pickled, and used in threads and in forked and spawned processes; it has torch run single-threaded in a
-    forked process, where OpenMP would wait for threads that are not there.
+    ``packed=True`` ``"packed": PackedLogits [tokens]`` instead of "topk". The ids of a token ascend. Every read verifies the
+    sequence's checksum. A dataset may be pickled, and used in threads and in forked and spawned processes; it has torch run
+    single-threaded in a forked process, where OpenMP would wait for threads that are not there.
     """
 
     def __init__(self, files: Files, description: Description, found: Sequence[Shard], packed: bool) -> None:
@@ -222,6 +222,7 @@ class StoreDataset(Dataset[Item]):
 
     def _load(self, places: Sequence[int]) -> list[StoredTokens]:
         """The bytes of sequences, verified."""
+        records.single_thread_after_fork()
         wanted = [self._shard_of(place) for place in places]
         parts = self._files.read([piece for shard, _, place in wanted for piece in shard.ranges(place)])
         return [

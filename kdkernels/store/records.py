@@ -1,4 +1,4 @@
-"""The codec family ``records`` as the store uses it: natively where that is possible, also in a forked process."""
+"""The codec family ``records`` as the store uses it: natively where possible, and also in forked processes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from kdkernels.backends import cpu
 from kdkernels.records import record_sizes
+from kdkernels.reference import records as reference
 
-__all__ = ["pack", "record_sizes", "unpack"]
+__all__ = ["pack", "record_sizes", "single_thread_after_fork", "unpack"]
 
 
 class Process:
@@ -20,8 +21,8 @@ class Process:
     pid = os.getpid()
 
 
-def backend() -> Any:
-    """The native codec, or the reference where there is no extension. A forked process computes in one thread from now on.
+def single_thread_after_fork() -> None:
+    """A forked process computes in one thread from now on; to be called before anything is computed.
 
     For libgomp, the OpenMP runtime of torch and of the extension, waits for ever in a forked child for threads that stayed
     with its parent.
@@ -29,11 +30,11 @@ def backend() -> Any:
     if Process.pid != os.getpid():
         torch.set_num_threads(1)
         Process.pid = os.getpid()
-    if cpu.status()[0]:
-        return cpu
-    from kdkernels.reference import records as reference
 
-    return reference
+
+def backend() -> Any:
+    """The native codec, or the reference where there is no extension."""
+    return cpu if cpu.status()[0] else reference
 
 
 def pack(

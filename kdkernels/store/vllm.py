@@ -26,7 +26,8 @@ def from_vllm(
 
     vLLM files a distribution under the token that it predicts; a source has it where the model made it, one token earlier.
     So row t holds the entry t + 1 of ``prompt_logprobs``, and the last row, whose prediction vLLM does not return, has no
-    entries: the rows go with the prompt's token ids, and label t is token t + 1.
+    entries: the rows go with the prompt's token ids, and label t is token t + 1. A list that does not begin with None, as
+    that of a completion, makes a row of every entry: row t predicts token t of the completion.
 
     Args:
         prompt_logprobs: per token None (the first) or a mapping from token id to an object with ``.logprob``, a mapping
@@ -57,15 +58,15 @@ def one_sequence(
     name: str, tokens: list[Any], vocab_size: int, k: int | None, temperature: float, tail: str
 ) -> TopKLogits:
     rows: list[list[tuple[float, int]]] = []
+    of_a_prompt = bool(tokens) and (tokens[0] is None or tokens[0] == {})  # vLLM's flat lists have {} for None
     for place, entry in enumerate(tokens):
-        if entry is None and place == 0:
+        if of_a_prompt and place == 0:
             continue
         if entry is None or not isinstance(entry, Mapping):
             raise TypeError(f"from_vllm: {name}[{place}] must map token ids to log-probabilities, got {entry!r:.80}")
         found = [token_entry(f"{name}[{place}]", token, value, vocab_size) for token, value in entry.items()]
-        if place > 0:
-            rows.append(sorted(pair for pair in found if pair[0] < math.inf)[:k])
-    if tokens:
+        rows.append(sorted(pair for pair in found if pair[0] < math.inf)[:k])
+    if of_a_prompt:
         rows.append([])
     width = max(map(len, rows), default=0)
     ids = torch.full((len(rows), width), -1)

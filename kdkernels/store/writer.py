@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from kdkernels.checks import check_integer
-from kdkernels.store import incoming, manifest, shards
+from kdkernels.store import incoming, manifest, records, shards
 from kdkernels.store.description import Description
 from kdkernels.store.files import Files, files_at
 from kdkernels.store.incoming import Teacher
@@ -107,6 +107,7 @@ class Writer:
         self._seen: dict[str, manifest.ShardEntry] = {}
         self._pending: dict[int, StoredSequence] = {}
         self._pending_bytes = 0
+        records.single_thread_after_fork()
         files.tidy()
         with contextlib.suppress(FileNotFoundError):
             self._settle(manifest.read(files).description)
@@ -175,6 +176,9 @@ class Writer:
             sequence_ids: one whole number of 64 bits per sequence, which no sequence of the store has yet.
             input_ids: the token ids that the teacher read, ``[sequences, tokens]`` or a list of ``[tokens]``. All
                 sequences of a writer have them, or none.
+
+        Raises:
+            OSError: the sequences were taken in and filled a shard, which could not be written; see ``flush``.
         """
         if self._closed:
             raise ValueError("append: this writer is closed")
@@ -222,11 +226,13 @@ class Writer:
         if not self._pending:
             return
         self._look_around()
-        twice = sorted(self._pending.keys() & self._stored.keys())
-        for sequence_id in twice:
+        stored = sorted(self._pending.keys() & self._stored.keys())
+        for sequence_id in stored:
             self._pending_bytes -= self._pending.pop(sequence_id).bytes
         if self._pending:
             self._write_shard()
+        # This writer's own shards may hold them if an earlier flush was interrupted at its end.
+        twice = [sequence_id for sequence_id in stored if self._name not in self._stored[sequence_id]]
         if twice:
             raise ValueError(
                 f"flush: {len(twice)} sequences were stored by another writer too, and its records are kept: "
@@ -235,6 +241,7 @@ class Writer:
 
     def _write_shard(self) -> None:
         file = f"shard-{self._name}-{self._shards:06d}.safetensors"
+        self._shards += 1  # a name is never used twice, whatever becomes of the file
         data, checksum = shards.encode(self._described(None), list(self._pending.values()))
         tokens = sum(sequence.counts.size for sequence in self._pending.values())
         try:
@@ -246,7 +253,6 @@ class Writer:
                 f"{len(self._stored)} it has",
                 self._files.where(file),
             ) from error
-        self._shards += 1
         self._remember(manifest.ShardEntry(file, len(data), len(self._pending), tokens, checksum), list(self._pending))
         self._pending.clear()
         self._pending_bytes = 0
