@@ -13,7 +13,7 @@ ARGS ?=
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test test-fast test-sanitize bench benchmarks lint format clean
+.PHONY: help venv build demo demo-offline test test-fast test-sanitize bench benchmarks lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -47,6 +47,9 @@ build: venv  ## compile what changed of the native extension
 
 demo: build $(VENV)/.teacher  ## distil from a real teacher; results in out/
 	$(BIN)/python examples/distill_lm.py $(ARGS)
+
+demo-offline: build $(VENV)/.teacher  ## store the teacher's logits, distil from the store; results in out/offline
+	$(BIN)/python examples/distill_offline.py $(ARGS)
 
 bench: build  ## time ours against plain PyTorch
 	$(BIN)/kdkernels bench $(ARGS)

@@ -53,12 +53,18 @@ struct Kernels {
   const char* name;
   bool (*divergence)(const RowProblem&);
   bool (*token_statistics)(const RowProblem&);
+  bool (*sparse_divergence)(SparseProblem&);
   bool (*pack_records)(RecordProblem&);
   bool (*unpack_records)(RecordProblem&);
+  bool (*topk)(const TopKProblem&);
+  bool (*sample)(const SampleProblem&);
 };
 
-#define KD_KERNELS(isa) \
-  Kernels { #isa, isa::divergence, isa::token_statistics, isa::pack_records, isa::unpack_records }
+#define KD_KERNELS(isa)                                                                                           \
+  Kernels {                                                                                                       \
+    #isa, isa::divergence, isa::token_statistics, isa::sparse_divergence, isa::pack_records, isa::unpack_records, \
+        isa::topk, isa::sample                                                                                    \
+  }
 
 bool processor_has(const std::string& isa) {
 #if defined(KD_HAVE_X86_ISAS)
@@ -122,8 +128,8 @@ void check_labels(const RowProblem& problem) {
   }
 }
 
-void launch(bool (*kernel)(const RowProblem&), RowProblem& problem) {
-  check_labels(problem);
+template <class Kernel, class Problem>
+void run(Kernel kernel, Problem& problem) {
   // Below this a second thread costs more than it brings.
   if (problem.rows * problem.vocab < 32768) problem.threads = 1;
   if (problem.rows < problem.threads) problem.threads = problem.rows < 1 ? 1 : static_cast<int>(problem.rows);
@@ -133,6 +139,12 @@ void launch(bool (*kernel)(const RowProblem&), RowProblem& problem) {
     done = kernel(problem);
   }
   if (!done) throw std::bad_alloc();
+}
+
+template <class Kernel, class Problem>
+void launch(Kernel kernel, Problem& problem) {
+  check_labels(problem);
+  run(kernel, problem);
 }
 
 RowProblem sides(int threads, bool compute_double, int64_t rows, int64_t vocab, const Matrix& student,
@@ -204,6 +216,46 @@ void token_statistics(int threads, bool compute_double, int64_t rows, int64_t vo
   launch(chosen().token_statistics, problem);
 }
 
+// The first row that is malformed, or the number of rows.
+int64_t sparse_divergence(int threads, bool compute_double, int64_t rows, int64_t vocab, Address student,
+                          int64_t student_stride, int student_dtype, double student_temperature,
+                          Address student_temperatures, double teacher_temperature, Address teacher_temperatures,
+                          double student_softcap, Address labels, Address active, int kind, double a, double b,
+                          int policy, int64_t entries, Address ids, int64_t id_stride, bool wide_ids, Address values,
+                          int64_t value_stride, int value_dtype, Address constants, int constant_dtype, Address records,
+                          Address offsets, Address counts, int64_t largest_count, int bits, Address divergence,
+                          Address cross_entropy, Address grad_divergence, Address grad_cross_entropy,
+                          Address grad_student, int64_t grad_student_stride) {
+  SparseProblem problem;
+  static_cast<RowProblem&>(problem) =
+      sides(threads, compute_double, rows, vocab, matrix(student, student_stride, student_dtype), Matrix(),
+            per_row(student_temperature, student_temperatures), per_row(teacher_temperature, teacher_temperatures),
+            student_softcap, 0, labels, active);
+  problem.kind = kind;
+  problem.a = a;
+  problem.b = b;
+  problem.policy = static_cast<Policy>(policy);
+  problem.entries = entries;
+  problem.ids = reinterpret_cast<const void*>(ids);
+  problem.id_stride = id_stride;
+  problem.wide_ids = wide_ids;
+  problem.values = matrix(values, value_stride, value_dtype);
+  problem.constants = matrix(constants, 1, constant_dtype);
+  problem.records = reinterpret_cast<const uint8_t*>(records);
+  problem.offsets = reinterpret_cast<const int64_t*>(offsets);
+  problem.counts = reinterpret_cast<const int32_t*>(counts);
+  problem.bits = bits;
+  if (records) problem.entries = largest_count;
+  problem.divergence = reinterpret_cast<void*>(divergence);
+  problem.cross_entropy = reinterpret_cast<void*>(cross_entropy);
+  problem.grad_divergence = per_row(0, grad_divergence);
+  problem.grad_cross_entropy = per_row(0, grad_cross_entropy);
+  problem.grad_student = matrix(grad_student, grad_student_stride, student_dtype);
+  problem.fresh_gradients = true;
+  launch(chosen().sparse_divergence, problem);
+  return problem.wrong_row;
+}
+
 RecordProblem records(int threads, int64_t rows, int64_t width, int64_t vocab, int bits, Address counts,
                       Address offsets, Address data) {
   RecordProblem problem;
@@ -248,6 +300,43 @@ int64_t unpack_records(int threads, int64_t rows, int64_t width, int64_t vocab, 
   return launch(chosen().unpack_records, problem);
 }
 
+void topk(int threads, bool compute_double, int64_t rows, int64_t vocab, Address source, int64_t stride, int dtype,
+          double temperature, double softcap, int64_t k, Address ids, Address log_probs, Address log_tail_mass) {
+  TopKProblem problem;
+  problem.rows = rows;
+  problem.vocab = vocab;
+  problem.threads = threads;
+  problem.compute_double = compute_double;
+  problem.source = matrix(source, stride, dtype);
+  problem.temperature = temperature;
+  problem.softcap = softcap;
+  problem.k = k;
+  problem.ids = reinterpret_cast<int64_t*>(ids);
+  problem.log_probs = reinterpret_cast<void*>(log_probs);
+  problem.log_tail_mass = reinterpret_cast<void*>(log_tail_mass);
+  run(chosen().topk, problem);
+}
+
+void sample(int threads, bool compute_double, int64_t rows, int64_t vocab, Address source, int64_t stride, int dtype,
+            double temperature, double proposal_temperature, double softcap, int64_t draws, Address uniforms,
+            Address ids, Address weights, Address entropy) {
+  SampleProblem problem;
+  problem.rows = rows;
+  problem.vocab = vocab;
+  problem.threads = threads;
+  problem.compute_double = compute_double;
+  problem.source = matrix(source, stride, dtype);
+  problem.temperature = temperature;
+  problem.proposal_temperature = proposal_temperature;
+  problem.softcap = softcap;
+  problem.draws = draws;
+  problem.uniforms = reinterpret_cast<const double*>(uniforms);
+  problem.ids = reinterpret_cast<int64_t*>(ids);
+  problem.weights = reinterpret_cast<void*>(weights);
+  problem.entropy = reinterpret_cast<void*>(entropy);
+  run(chosen().sample, problem);
+}
+
 }  // namespace
 }  // namespace kd
 
@@ -255,8 +344,11 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "CPU kernels of kdkernels. Addresses and sizes are trusted: call through kdkernels.backends.cpu.";
   module.def("divergence", &kd::divergence);
   module.def("token_statistics", &kd::token_statistics);
+  module.def("sparse_divergence", &kd::sparse_divergence);
   module.def("pack_records", &kd::pack_records);
   module.def("unpack_records", &kd::unpack_records);
+  module.def("topk", &kd::topk);
+  module.def("sample", &kd::sample);
   module.def("isa", [] { return kd::chosen().name; }, "Instruction set of the kernels in use.");
   module.def(
       "isas",

@@ -112,8 +112,8 @@ class Job:
             },
         )
         with self.console.status("Running the teacher on the held-out text"):
-            self.held_out = HeldOut(self.teacher, held_out.to(self.device))
-        self.results.teacher_perplexity = self.held_out.teacher_perplexity
+            self.held_out = HeldOut.of(self.teacher, held_out.to(self.device))
+        self.results.teacher_perplexity = self.held_out.teacher_perplexity()
 
     def describe(self) -> None:
         millions = {

@@ -23,36 +23,46 @@ class Quality:
 
 
 class HeldOut:
-    """Held-out token ids ``[sequences, length]`` with the teacher's hidden states for them, computed once."""
+    """Held-out token ids ``[sequences, length]`` with the teacher's hidden states for them ``[sequences, length, H]``."""
 
-    def __init__(self, teacher: torch.nn.Module, token_ids: Tensor) -> None:
-        self.token_ids = token_ids
-        self.sequences_at_once = max(1, TOKENS_AT_ONCE // token_ids.shape[1])
-        self.teacher_weight = teacher.lm_head.weight
-        with torch.no_grad():
-            self.teacher_hidden = [teacher.model(ids).last_hidden_state for ids in self.batches()]
-            losses = [
-                next_token_loss(plain_pytorch.log_probabilities(hidden, self.teacher_weight), ids)
-                for hidden, ids in zip(self.teacher_hidden, self.batches(), strict=True)
-            ]
-        self.teacher_perplexity = math.exp(sum(losses) / self.predictions)
+    def __init__(self, token_ids: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> None:
+        self.token_ids, self.teacher_hidden, self.teacher_weight = token_ids, teacher_hidden, teacher_weight
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, teacher: torch.nn.Module, token_ids: Tensor) -> HeldOut:
+        """Runs the teacher, which is not needed afterwards but for its head."""
+        hidden = [teacher.model(ids).last_hidden_state for ids in in_parts(token_ids)]
+        return cls(token_ids, torch.cat(hidden), teacher.lm_head.weight)
 
     @property
     def predictions(self) -> int:
         return self.token_ids[:, 1:].numel()
 
-    def batches(self) -> Iterator[Tensor]:
-        return iter(self.token_ids.split(self.sequences_at_once))
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(in_parts(self.token_ids), in_parts(self.teacher_hidden), strict=True)
+
+    @torch.no_grad()
+    def teacher_perplexity(self) -> float:
+        losses = [
+            next_token_loss(plain_pytorch.log_probabilities(hidden, self.teacher_weight), ids)
+            for ids, hidden in self.batches()
+        ]
+        return math.exp(sum(losses) / self.predictions)
 
     @torch.no_grad()
     def measure(self, student: torch.nn.Module) -> Quality:
         kl = loss = 0.0
-        for ids, teacher_hidden in zip(self.batches(), self.teacher_hidden, strict=True):
+        for ids, teacher_hidden in self.batches():
             log_q = plain_pytorch.log_probabilities(student.model(ids).last_hidden_state, student.lm_head.weight)
             log_p = plain_pytorch.log_probabilities(teacher_hidden, self.teacher_weight)
             kl += plain_pytorch.kl(log_p, log_q).item()
             loss += next_token_loss(log_q, ids)
         return Quality(kl / self.token_ids.numel(), math.exp(loss / self.predictions))
+
+
+def in_parts(sequences: Tensor) -> tuple[Tensor, ...]:
+    return sequences.split(max(1, TOKENS_AT_ONCE // sequences.shape[1]))
 
 
 def next_token_loss(log_probabilities: Tensor, token_ids: Tensor) -> float:

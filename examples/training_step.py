@@ -124,8 +124,22 @@ def training_step(
     """
     with torch.no_grad():
         teacher_hidden = teacher.model(token_ids).last_hidden_state
-    student_hidden = student.model(token_ids).last_hidden_state
-    loss = loss_function(student_hidden, student.lm_head.weight, teacher_hidden, teacher.lm_head.weight)
+    return student_step(
+        student,
+        optimizer,
+        token_ids,
+        lambda hidden, weight: loss_function(hidden, weight, teacher_hidden, teacher.lm_head.weight),
+    )
+
+
+def student_step(
+    student: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    token_ids: Tensor,
+    loss_function: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """The student's part of a step: ``loss_function`` takes its hidden states and head weight."""
+    loss = loss_function(student.model(token_ids).last_hidden_state, student.lm_head.weight)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(student.parameters(), GRADIENT_CLIP)
     optimizer.step()

@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from kdkernels import reference
+from kdkernels import reference, store
 from kdkernels.arguments import debug
 from kdkernels.backends import BackendStatus, backends
 from kdkernels.divergences import (
@@ -19,7 +19,7 @@ from kdkernels.divergences import (
     SkewForwardKL,
     SkewReverseKL,
 )
-from kdkernels.functional import distillation_loss, pack, token_statistics, unpack
+from kdkernels.functional import distillation_loss, pack, sample_logits, token_statistics, topk_logits, unpack
 from kdkernels.sources import LMHead, Logits, PackedLogits, SampledLogits, TopKLogits
 from kdkernels.statistics import TokenStatistics
 
@@ -53,6 +53,9 @@ __all__ = [
     "distillation_loss",
     "pack",
     "reference",
+    "sample_logits",
+    "store",
     "token_statistics",
+    "topk_logits",
     "unpack",
 ]

@@ -6,29 +6,43 @@ Every refusal happens here, before a kernel runs, and names the argument, what w
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Container
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kdkernels import sparse_arguments
 from kdkernels.autocast import autocast_dtype
-from kdkernels.backends.rows import RowSpec, Side
+from kdkernels.backends.rows import RowSpec, Side, Tempering
+from kdkernels.backends.sparse_rows import SparseRows
 from kdkernels.checks import LOGIT_DTYPES, check_choice, check_flag, check_floating, check_integer, check_real
+from kdkernels.debugging import debug, values_are_checked
 from kdkernels.divergences import Divergence, Form
 from kdkernels.records import BITS, check_tail
-from kdkernels.sources import CODECS, LMHead, Logits, PackedLogits, Source, TopKLogits
-from kdkernels.transforms import values_are_known
+from kdkernels.sources import (
+    CODECS,
+    MAX_VOCAB_SIZE,
+    LMHead,
+    Logits,
+    PackedLogits,
+    SampledLogits,
+    Source,
+    SparseTeacher,
+    TopKLogits,
+)
 
 __all__ = [
+    "Picking",
     "Problem",
     "Total",
     "check_memory_budget",
     "debug",
     "pack_rows",
     "prepare_loss",
+    "prepare_sample",
     "prepare_statistics",
+    "prepare_topk",
     "unpack_rows",
 ]
 
@@ -36,26 +50,6 @@ CPU = torch.device("cpu")
 REDUCTIONS = ("none", "sum", "mean")
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REAL_DTYPES = LOGIT_DTYPES + INTEGER_DTYPES
-
-
-class debug:  # noqa: N801 - called like a function
-    """Checks the values of GPU tensors (labels) too, at the price of a synchronisation per call.
-
-    ``kd.debug(True)`` from then on, ``with kd.debug(True):`` in a block. On CPU tensors values are always checked;
-    ``KDKERNELS_DEBUG=1`` switches it on for a whole process.
-    """
-
-    enabled = os.environ.get("KDKERNELS_DEBUG", "") not in {"", "0"}
-
-    def __init__(self, enabled: bool = True) -> None:
-        self.before = debug.enabled
-        debug.enabled = enabled
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        debug.enabled = self.before
 
 
 class Problem(NamedTuple):
@@ -68,6 +62,8 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     """The compute type."""
     spec: RowSpec
+    sparse: SparseRows | None = None
+    """A teacher that is truncated or sampled; there is no other then."""
 
 
 class Total(NamedTuple):
@@ -80,9 +76,15 @@ class Total(NamedTuple):
     normalizer: float | Tensor | None
 
 
-def values_are_checked(tensor: Tensor) -> bool:
-    """Whether looking at values is possible and costs nothing much."""
-    return (tensor.device.type == "cpu" or debug.enabled) and values_are_known()
+class Picking(NamedTuple):
+    """A source that ids are picked from, and what they are picked by."""
+
+    source: Side
+    batch_shape: torch.Size
+    vocab: int
+    entries: int
+    """Ids per token."""
+    tempering: Tempering
 
 
 def side(name: str, source: Source, vocab_size: int | None) -> tuple[Side, torch.Size, int]:
@@ -214,6 +216,28 @@ def pair(
     return Problem(student_side, teacher_side, shape, vocab, dtype, spec)
 
 
+def sparse_pair(
+    student: Source,
+    teacher: SparseTeacher,
+    divergence: Divergence,
+    vocab_size: int | None,
+    student_temperature: float | Tensor,
+    teacher_temperature: float | Tensor | None,
+) -> Problem:
+    student_side, shape, vocab = side("student", student, vocab_size)
+    device = student_side.tensor.device
+    sparse_arguments.check_divergence(divergence, sparse_arguments.policy_of(teacher))
+    rows = sparse_arguments.sparse_rows(teacher, shape, vocab, device)
+    dtype = torch.float64 if student_side.tensor.dtype == torch.float64 else torch.float32
+    number = temperature("temperature", student_temperature, shape, device, dtype)
+    teachers = number
+    if teacher_temperature is not None:
+        teachers = temperature("teacher_temperature", teacher_temperature, shape, device, dtype)
+    relative = sparse_arguments.relative_temperature(teacher, *teachers, of_student=teacher_temperature is None)
+    spec = RowSpec(*divergence.form, *number, *relative, student_side.softcap)
+    return Problem(student_side, None, shape, vocab, dtype, spec, rows)
+
+
 def active_rows(problem: Problem, mask: Tensor | None, labels: Tensor | None, ignore_index: int) -> Problem:
     """Adds which rows count, and the labels."""
     device, shape = problem.student.tensor.device, problem.batch_shape
@@ -260,7 +284,7 @@ def check_memory_budget(memory_budget: object) -> None:
 
 def prepare_loss(
     student: Source,
-    teacher: Source,
+    teacher: Source | SparseTeacher,
     divergence: Divergence,
     *,
     temperature: float | Tensor,
@@ -282,11 +306,14 @@ def prepare_loss(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if teacher is None:
-        raise TypeError("teacher must be a tensor of logits, kd.Logits or kd.LMHead, got None")
+        raise TypeError("teacher must be a tensor of logits, kd.Logits, kd.LMHead or a sparse teacher, got None")
     ce_weight = check_real("ce_weight", ce_weight)
     if ce_weight != 0 and labels is None:
         raise ValueError(f"ce_weight={ce_weight} asks for a hard-label term, which needs labels")
-    problem = pair(student, teacher, divergence.form, vocab_size, temperature, teacher_temperature)
+    if isinstance(teacher, TopKLogits | SampledLogits | PackedLogits):
+        problem = sparse_pair(student, teacher, divergence, vocab_size, temperature, teacher_temperature)
+    else:
+        problem = pair(student, teacher, divergence.form, vocab_size, temperature, teacher_temperature)
     if normalizer is not None:
         if reduction != "mean":
             raise ValueError(
@@ -298,6 +325,8 @@ def prepare_loss(
         if ce_weight == 0:
             problem = problem._replace(spec=problem.spec._replace(labels=None))
     spec = problem.spec
+    if problem.sparse is not None:
+        sparse_arguments.check_values(problem.sparse, problem.vocab, spec.active)
     if weight is not None:
         device = problem.student.tensor.device
         weight = per_token("weight", "real", weight, REAL_DTYPES, problem.batch_shape, device).to(problem.dtype)
@@ -324,6 +353,48 @@ def prepare_statistics(
     """Checks the arguments of ``token_statistics``."""
     problem = pair(student, teacher, Form(0), vocab_size, temperature, teacher_temperature)
     return active_rows(problem, mask, labels, ignore_index)
+
+
+def picking(
+    source: Source, name: str, entries: int, temperature: float, proposal: float, vocab_size: int | None
+) -> Picking:
+    side_rows, shape, vocab = side("source", source, vocab_size)
+    if vocab > MAX_VOCAB_SIZE:
+        raise ValueError(f"source: the vocabulary must have at most {MAX_VOCAB_SIZE} entries, got {vocab}")
+    if check_integer(name, entries) < 1:
+        raise ValueError(f"{name} must be at least 1, got {entries}")
+    tau = check_real("temperature", temperature, positive=True)
+    proposal_tau = tau * check_real("proposal_temperature", proposal, positive=True)
+    return Picking(side_rows, shape, vocab, entries, Tempering(tau, side_rows.softcap, proposal_tau))
+
+
+def prepare_topk(source: Source, k: int, *, top_p: float | None, temperature: float, vocab_size: int | None) -> Picking:
+    """Checks the arguments of ``topk_logits``."""
+    found = picking(source, "k", k, temperature, 1.0, vocab_size)
+    if k > found.vocab:
+        raise ValueError(f"k must be at most the source's vocabulary of {found.vocab}, got {k}")
+    if top_p is not None and not 0 < check_real("top_p", top_p) <= 1:
+        raise ValueError(f"top_p must be None or in (0, 1], got {top_p!r}")
+    return found
+
+
+def prepare_sample(
+    source: Source,
+    n: int,
+    *,
+    generator: torch.Generator | None,
+    temperature: float,
+    proposal_temperature: float,
+    vocab_size: int | None,
+) -> Picking:
+    """Checks the arguments of ``sample_logits``."""
+    found = picking(source, "n", n, temperature, proposal_temperature, vocab_size)
+    if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be None or a torch.Generator, got {generator!r}")
+        if generator.device.type != found.source.tensor.device.type:
+            raise ValueError(f"generator is on {generator.device}, the source on {found.source.tensor.device}")
+    return found
 
 
 def pack_rows(topk: TopKLogits, codec: str, pack_records: Callable[..., tuple[Tensor, Tensor]]) -> PackedLogits:

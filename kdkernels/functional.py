@@ -15,21 +15,25 @@ from kdkernels.checks import check_real
 from kdkernels.divergences import Divergence, ForwardKL
 from kdkernels.ops import divergence as divergence_ops
 from kdkernels.ops import linear_divergence as linear_divergence_ops
+from kdkernels.ops import sparse_divergence as sparse_divergence_ops
 from kdkernels.ops import token_statistics as token_statistics_ops
+from kdkernels.ops import topk as topk_ops
+from kdkernels.picking import sampled_logits, top_k_logits, uniform_numbers
 from kdkernels.reductions import reduce_rows, row_scales
 from kdkernels.reference import divergence as divergence_reference
 from kdkernels.reference import records as records_reference
+from kdkernels.reference import topk as topk_reference
 from kdkernels.reference.token_statistics import statistics as reference_statistics
-from kdkernels.sources import PackedLogits, Source, TopKLogits
+from kdkernels.sources import PackedLogits, SampledLogits, Source, SparseTeacher, TopKLogits
 from kdkernels.statistics import TokenStatistics
 from kdkernels.transforms import transformed
 
-__all__ = ["distillation_loss", "pack", "token_statistics", "unpack"]
+__all__ = ["distillation_loss", "pack", "sample_logits", "token_statistics", "topk_logits", "unpack"]
 
 
 def distillation_loss(
     student: Source,
-    teacher: Source,
+    teacher: Source | SparseTeacher,
     divergence: Divergence = ForwardKL(),  # noqa: B008 - immutable
     *,
     temperature: float | Tensor = 1.0,
@@ -57,10 +61,12 @@ def distillation_loss(
 
     Args:
         student, teacher: logits ``[..., V]`` (a tensor or ``kd.Logits``) or a ``kd.LMHead``, in any pairing; float32,
-            bfloat16, float16 or float64. Sums run in float32 at least.
+            bfloat16, float16 or float64. Sums run in float32 at least. The teacher may also be truncated or sampled, see
+            below.
         divergence: an instance such as ``kd.ForwardKL()`` or ``kd.JSD(0.5)``.
         temperature: positive number, or tensor ``[...]`` with one per token.
-        teacher_temperature: the same for the teacher; None: that of the student.
+        teacher_temperature: the same for the teacher; None: that of the student. What is stored of a sparse teacher is
+            brought from its own temperature to this one if its tail allows, else both must be equal.
         weight: weight per token ``[...]``.
         mask: bool ``[...]``, True where a token counts. What stands elsewhere has no influence, even NaN.
         labels: token ids ``[...]``; a label equal to ``ignore_index`` drops the token.
@@ -77,8 +83,23 @@ def distillation_loss(
         backend: "reference", "cpu" or "triton"; None takes the best available, and in ``torch.func`` transformations and
             forward-mode differentiation the reference.
 
+    Sparse teachers. Of a truncated teacher, ``kd.TopKLogits`` or ``kd.PackedLogits`` for tokens ``[...]``, the named ids
+    K have the probabilities p, and r is left. q_r is the student's mass outside K, summed there and not as a difference.
+
+    - tail="bucket": D of the outcomes (p, q) for K and (r, q_r). Exact for what is stored, and a lower bound of the
+      divergence of the whole vocabulary.
+    - tail="renormalize": p / (1 - r) on K and 0 elsewhere; ReverseKL, Jeffreys and AlphaDivergence below 0 are infinite
+      then, and refused. Exact at any temperature: the softmax over K.
+    - tail="uniform": r / (V - k) on each other id; at another temperature that flat tail is tempered as well.
+    - tail="drop": the terms of K alone, which may be negative. Renyi: the sum inside its logarithm is over K.
+
+    A token without entries is all tail; under "renormalize" and "drop" it says nothing and its divergence is 0. With all
+    the vocabulary in K, every tail gives what dense logits give. Of ``kd.SampledLogits`` only ForwardKL can be computed:
+    ``-sum weights log q``, less the entropy if it is known (Sparse Logit Sampling, arXiv 2503.16870, equation 4).
+
     Returns:
-        A 0-d tensor, or ``[...]`` without reduction: float32, or float64 if a side is float64.
+        A 0-d tensor, or ``[...]`` without reduction: float32, or float64 if a side is float64 (of sparse teachers: the
+        student).
 
     Raises:
         TypeError, ValueError: an argument is refused; the text names it.
@@ -112,11 +133,11 @@ def distillation_loss(
     backend = backend_for(backend, device)
     if backend == "reference":
         return divergence_reference.loss(problem, total)
-    assert problem.teacher is not None
     refuse_temperature_gradient(problem)
-    linear = problem.student.weight is not None or problem.teacher.weight is not None
+    sides = [side for side in (problem.student, problem.teacher) if side is not None]
+    linear = any(side.weight is not None for side in sides)
     # Half precision underflows unless the gradient is made with its upstream factor, such as a GradScaler's.
-    half = torch.float16 in (problem.student.tensor.dtype, problem.teacher.tensor.dtype)
+    half = torch.float16 in {side.tensor.dtype for side in sides}
     if autocast_dtype(device):
         with autocast_disabled(device):
             return fused_loss(problem, total, linear, half, memory_budget, backend)
@@ -147,11 +168,15 @@ def fused_loss(
     """The loss by operators: as a total with its gradient where that is possible, else row by row."""
     if total.reduction != "none" and not half:
         scales = row_scales(problem, total)
+        if problem.sparse is not None:
+            return sparse_divergence_ops.total(problem, scales, memory_budget, backend)
         if linear:
             return linear_divergence_ops.total(problem, scales, memory_budget, backend)
         if divergence_ops.has_total(backend, scales):
             return divergence_ops.total(problem, scales, backend)
-    if linear:
+    if problem.sparse is not None:
+        value, cross_entropy = sparse_divergence_ops.rows(problem, memory_budget, backend)
+    elif linear:
         value, cross_entropy = linear_divergence_ops.rows(problem, memory_budget, backend)
     else:
         value, cross_entropy = divergence_ops.rows(problem, backend)
@@ -216,6 +241,108 @@ def token_statistics(
         if backend == "reference":
             return reference_statistics(problem)
         return token_statistics_ops.statistics(problem, memory_budget, backend)
+
+
+def topk_logits(
+    source: Source,
+    k: int,
+    *,
+    top_p: float | None = None,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    memory_budget: int | None = None,
+    backend: str | None = None,
+) -> TopKLogits:
+    """The ``k`` most probable ids of each token, with their log-probabilities over the full vocabulary. No gradient.
+
+    The selection is exact, and so are the normaliser and the tail, whose mass is summed, not taken from 1: it keeps its
+    digits however small it is. The logits are read once.
+
+    Args:
+        source: logits ``[..., V]`` (a tensor or ``kd.Logits``) or a ``kd.LMHead``, whose logits are made a chunk of tokens
+            at a time; float32, bfloat16, float16 or float64. At most 2^24 entries of vocabulary.
+        k: ids per token, from 1 to V.
+        top_p: None, or keep only the shortest prefix whose probability reaches ``top_p``, in (0, 1], at least one id.
+        temperature: positive number that divides the logits.
+        vocab_size: use only the first so many entries of the vocabulary, for padded heads.
+        memory_budget: bytes for the temporary logits of an LMHead; None: 128 MiB on the CPU, 1 GiB on a GPU.
+        backend: "reference", "cpu" or "triton"; None takes the best available.
+
+    Returns:
+        ``TopKLogits`` with ``ids`` int64 ``[..., k]`` in the order of falling logits, equal ones by rising id;
+        ``log_probs`` ``[..., k]`` and ``log_tail_mass`` ``[...]`` float32, or float64 if the source is. Logits are compared
+        before a softcap, which keeps their order but makes large ones equal. An id of -1 with a log-probability of -inf
+        stands where there is no entry: past the cut by ``top_p``, whose mass the tail gets, and where fewer than k logits
+        are above -1e5 (-inf is masked vocabulary, never named). ``log_tail_mass`` is -inf where every id is named, 0 where
+        none is. In a token whose logits hold NaN or +inf (after the softcap), the ids are -1 and all else is NaN.
+
+    Raises:
+        TypeError, ValueError: an argument is refused; the text names it.
+        RuntimeError: the backend asked for is not available here.
+    """
+    arguments.check_memory_budget(memory_budget)
+    picking = arguments.prepare_topk(source, k, top_p=top_p, temperature=temperature, vocab_size=vocab_size)
+    device = picking.source.tensor.device.type
+    backend = backend_for(backend, device)
+    with torch.no_grad(), autocast_disabled(device):
+        if backend == "reference":
+            rows = topk_reference.topk_rows(picking)
+        else:
+            rows = topk_ops.topk(picking, memory_budget, backend)
+        return top_k_logits(picking, rows, top_p)
+
+
+def sample_logits(
+    source: Source,
+    n: int,
+    *,
+    generator: torch.Generator | None = None,
+    temperature: float = 1.0,
+    proposal_temperature: float = 1.0,
+    vocab_size: int | None = None,
+    memory_budget: int | None = None,
+    backend: str | None = None,
+) -> SampledLogits:
+    """``n`` ids per token drawn with replacement, weighted so that sums over them are unbiased. No gradient.
+
+    With ``p = softmax(z / temperature)`` the ids are drawn from ``softmax(z / (temperature * proposal_temperature))``, and
+    the weight of an id is ``p`` over ``n`` times the probability it is drawn with (Sparse Logit Sampling, arXiv
+    2503.16870): the expectation of ``sum_j weights[j] g(ids[j])`` is ``sum_v p_v g(v)``.
+
+    Args:
+        source, temperature, vocab_size, memory_budget, backend: as in ``topk_logits``.
+        n: draws per token, at least 1.
+        generator: where the random numbers come from; None: torch's default generator. Equal generators give equal draws,
+            whatever the memory budget, the number of threads and (but for rounding) the backend.
+        proposal_temperature: positive number; 1 draws from the teacher itself, more draws improbable ids more often.
+
+    Returns:
+        ``SampledLogits`` with ``ids`` int64 ``[..., n]``, ``weights`` ``[..., n]``, which are 1 / n without a proposal
+        temperature, and the ``entropy`` ``[...]`` of p in nats; float32, or float64 if the source is. Logits not above -1e5
+        (-inf is masked vocabulary) are never drawn; a token that has no others gets ids -1, weights and entropy 0. In a
+        token whose logits hold NaN or +inf (after the softcap), the ids are -1 and all else is NaN.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in ``topk_logits``.
+    """
+    arguments.check_memory_budget(memory_budget)
+    picking = arguments.prepare_sample(
+        source,
+        n,
+        generator=generator,
+        temperature=temperature,
+        proposal_temperature=proposal_temperature,
+        vocab_size=vocab_size,
+    )
+    device = picking.source.tensor.device.type
+    backend = backend_for(backend, device)
+    with torch.no_grad(), autocast_disabled(device):
+        uniforms = uniform_numbers(picking, generator)
+        if backend == "reference":
+            rows = topk_reference.sample_rows(picking, uniforms)
+        else:
+            rows = topk_ops.sample(picking, uniforms, memory_budget, backend)
+        return sampled_logits(picking, rows)
 
 
 def pack(topk: TopKLogits, codec: str = "q6") -> PackedLogits:

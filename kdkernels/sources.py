@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -181,6 +183,25 @@ class TopKLogits:
         """The shape ``[...]`` of the tokens."""
         return self.ids.shape[:-1]
 
+    def changed(self, change: Callable[[Tensor], Tensor]) -> TopKLogits:
+        """The same teacher with every tensor changed, to another device for instance."""
+        return TopKLogits(
+            change(self.ids),
+            change(self.log_probs),
+            vocab_size=self.vocab_size,
+            tail=self.tail,
+            temperature=self.temperature,
+            log_tail_mass=None if self.log_tail_mass is None else change(self.log_tail_mass),
+        )
+
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> TopKLogits:
+        """On another device."""
+        return self.changed(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> TopKLogits:
+        """In page-locked memory; ``DataLoader(pin_memory=True)`` calls this."""
+        return self.changed(Tensor.pin_memory)
+
 
 class SampledLogits:
     """A sampled teacher: token ids drawn with replacement, weighted so that sums over them are unbiased.
@@ -265,6 +286,25 @@ class PackedLogits:
     def batch_shape(self) -> torch.Size:
         """The shape ``[...]`` of the tokens."""
         return self.counts.shape
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> PackedLogits:
+        """The same teacher with every tensor changed, to another device for instance."""
+        return PackedLogits(
+            change(self.data),
+            change(self.counts),
+            vocab_size=self.vocab_size,
+            codec=self.codec,
+            tail=self.tail,
+            temperature=self.temperature,
+        )
+
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> PackedLogits:
+        """On another device."""
+        return self.changed(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedLogits:
+        """In page-locked memory; ``DataLoader(pin_memory=True)`` calls this."""
+        return self.changed(Tensor.pin_memory)
 
 
 Source = Tensor | Logits | LMHead

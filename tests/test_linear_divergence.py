@@ -294,6 +294,22 @@ def test_frozen_teacher_head_with_student_logits() -> None:
     torch.testing.assert_close(student.grad, other.grad, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("donate", [False, True], ids=["head", "donated logits"])
+@each_divergence
+def test_frozen_teacher_with_hard_labels_at_another_temperature(case: Case, donate: bool) -> None:
+    """The gradient takes the place of logits that the hard-label term still reads."""
+    head = random_head(60, 24, torch.float32, seed=0)
+    teacher = random_head(60, 40, torch.float32, seed=1).logits()
+    options: dict[str, Any] = {"labels": torch.arange(ROWS), "ce_weight": 0.7, "temperature": 2.0}
+    found, expected = [head.with_leaves() for _ in range(2)]
+    logits = found.logits()
+    source = kd.Logits(logits * 1, donate=True) if donate else found.source()
+    kd.distillation_loss(source, teacher, case.divergence, **options).backward()
+    loss(case, expected.logits(), teacher, **options).backward()
+    for name, tensor in expected.tensors().items():
+        torch.testing.assert_close(found.tensors()[name].grad, tensor.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
 @each_dtype
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @each_pairing

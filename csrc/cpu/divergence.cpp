@@ -7,8 +7,6 @@
 // exponential is computed twice. The gradient may be written over the logits.
 #include "math/divergence.h"
 
-#include <initializer_list>
-
 #include "cpu/row_blocks.h"
 
 namespace kd::KD_ISA {
@@ -294,9 +292,8 @@ class Row {
     const bool to_student = problem_.grad_student.data, to_teacher = problem_.grad_teacher.data;
     const Real upstream = per_row<Real>(problem_.grad_divergence, row_);
     const Real label_upstream = problem_.labels ? per_row<Real>(problem_.grad_cross_entropy, row_) : Real(0);
-    for (const Matrix& gradient : {problem_.grad_student, problem_.grad_teacher})
-      if (problem_.fresh_gradients && gradient.data && streams(gradient))
-        populate(entry_address(gradient, row_, 0), problem_.vocab * sizeof(Real));
+    const GradientRow<Real> student_row(problem_.grad_student, problem_, row_);
+    const GradientRow<Real> teacher_row(problem_.grad_teacher, problem_, row_);
     const bool label_softmax_apart = label_temperature_differs_ && label_upstream != Real(0);
     const bool logs =
         (to_student && Traits::logs_for_student_gradient) || (to_teacher && Traits::logs_for_teacher_gradient);
@@ -304,10 +301,8 @@ class Row {
     const bool raw = compute_logs || label_softmax_apart || student_.masked || teacher_.masked ||
                      student_.softcap != Real(0) || teacher_.softcap != Real(0);
     // A single gradient of the compute type is written in place, without a copy through the block.
-    const bool direct_student =
-        to_student && !to_teacher && is_compute_type(problem_.grad_student) && !streams(problem_.grad_student);
-    const bool direct_teacher =
-        to_teacher && !to_student && is_compute_type(problem_.grad_teacher) && !streams(problem_.grad_teacher);
+    const bool direct_student = !to_teacher && student_row.direct(raw);
+    const bool direct_teacher = !to_student && teacher_row.direct(raw);
     for_blocks([&](int64_t start, int64_t n) {
       alignas(64) Real student_block[block_size], teacher_block[block_size];
       alignas(64) Real student_logs[block_size], teacher_logs[block_size];
@@ -325,8 +320,8 @@ class Row {
       const Real teacher_scale = probability_scale(teacher_, scratch_.teacher_origin[start / block_size]);
       // Both gradients read both rows of logits: compute all before storing, in case they overlap.
       alignas(64) Real student_buffer[block_size], teacher_buffer[block_size];
-      Real* student_out = direct_student ? destination(problem_.grad_student, start) : student_buffer;
-      Real* teacher_out = direct_teacher ? destination(problem_.grad_teacher, start) : teacher_buffer;
+      Real* student_out = direct_student ? student_row.at(start) : student_buffer;
+      Real* teacher_out = direct_teacher ? teacher_row.at(start) : teacher_buffer;
       if (to_teacher) {
         teacher_gradient(start, n, static_cast<Real>(upstream * teacher_.inverse_temperature), student_scale,
                          teacher_scale, student_logs, teacher_logs, teacher_out);
@@ -348,51 +343,9 @@ class Row {
         }
         through_clamp_and_softcap(student_, n, s, student_out);
       }
-      if (to_student && !direct_student) store(problem_.grad_student, start, n, student_out);
-      if (to_teacher && !direct_teacher) store(problem_.grad_teacher, start, n, teacher_out);
+      if (to_student && !direct_student) student_row.store(start, n, student_out);
+      if (to_teacher && !direct_teacher) teacher_row.store(start, n, teacher_out);
     });
-  }
-
-  static bool is_compute_type(const Matrix& matrix) {
-    return matrix.dtype == (sizeof(Real) == 4 ? DType::float32 : DType::float64);
-  }
-
-  // A large gradient with a place of its own leaves the caches alone.
-  bool streams(const Matrix& gradient) const {
-    constexpr int64_t cached_bytes = 4 << 20;
-    return sizeof(Real) == 4 && gradient.dtype == DType::float32 && gradient.data != problem_.student.data &&
-           gradient.data != problem_.teacher.data && problem_.rows * problem_.vocab * 4 > cached_bytes;
-  }
-
-  Real* destination(const Matrix& matrix, int64_t start) const {
-    return reinterpret_cast<Real*>(entry_address(matrix, row_, start));
-  }
-
-  void store(const Matrix& matrix, int64_t start, int64_t n, const Real* block) const {
-    if constexpr (sizeof(Real) == 4) {
-      if (streams(matrix)) {
-        stream_block(block, n, destination(matrix, start));
-        return;
-      }
-    }
-    store_block(block, n, entry_address(matrix, row_, start), matrix.dtype);
-  }
-
-  // From the gradient to the clamped logit, to that of the logit itself.
-  static void through_clamp_and_softcap(const Stream<Real>& stream, int64_t n, const Real* block, Real* gradient) {
-    if (stream.masked) {
-      constexpr Real floor = static_cast<Real>(logit_floor);
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) gradient[i] = block[i] <= floor ? Real(0) : gradient[i];
-    }
-    if (stream.softcap != Real(0)) {
-      const Real inverse = Real(1) / stream.softcap;
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        const Real ratio = block[i] * inverse;
-        gradient[i] *= Real(1) - ratio * ratio;
-      }
-    }
   }
 
   // scale * (h_s - q H_s) + label_scale * q
@@ -475,15 +428,6 @@ class Row {
   double sum_student_terms_ = 0, sum_teacher_terms_ = 0, sum_value_ = 0;
   double log_affinity_ = 0;
 };
-
-void clear_row(const RowProblem& problem, int64_t row) {
-  const int64_t size = problem.compute_double ? 8 : 4;
-  if (problem.divergence) std::memset(static_cast<char*>(problem.divergence) + row * size, 0, size);
-  if (problem.weighted) problem.weighted[row] = 0;
-  if (problem.cross_entropy) std::memset(static_cast<char*>(problem.cross_entropy) + row * size, 0, size);
-  for (const Matrix& gradient : {problem.grad_student, problem.grad_teacher})
-    if (gradient.data) std::memset(entry_address(gradient, row, 0), 0, problem.vocab * dtype_size(gradient.dtype));
-}
 
 template <class Real, Kind kind>
 bool run(const RowProblem& problem) {

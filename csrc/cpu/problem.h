@@ -56,6 +56,29 @@ struct RowProblem {
 
 constexpr int statistics_count = 10;
 
+// What stands for the vocabulary that a row of a sparse teacher does not name. The numbering is shared with
+// kdkernels/backends/sparse_rows.py and triton_kernels/sparse_divergence.py.
+enum class Policy : int { bucket = 0, renormalize = 1, uniform = 2, drop = 3, sampled = 4 };
+
+// Rows of the `sparse_divergence` family. The teacher's matrix is not used; its temperature counts from the one that
+// its entries were stored at. A packed teacher has records in place of ids, values and constants.
+struct SparseProblem : RowProblem {
+  Policy policy = Policy::bucket;
+  int64_t entries = 0;        // a row, at most
+  const void* ids = nullptr;  // [rows, entries]; those outside the vocabulary are no entries
+  int64_t id_stride = 0;      // ids from one row to the next
+  bool wide_ids = true;       // int64 rather than int32
+  Matrix values;              // [rows, entries]: log-probabilities, or weights if sampled
+  Matrix constants;           // [rows, 1]: log tail mass, or entropy if sampled; data may be null
+
+  const uint8_t* records = nullptr;
+  const int64_t* offsets = nullptr;  // [rows], where a record begins
+  const int32_t* counts = nullptr;   // [rows], entries of each row, at most `entries`
+  int bits = 0;
+
+  int64_t wrong_row = 0;  // the result: the first row whose record is malformed, or `rows`
+};
+
 // Tokens of the `records` family, see math/records.h. Rows are tokens; all arrays are contiguous.
 struct RecordProblem {
   int64_t rows = 0;
@@ -81,6 +104,42 @@ struct RecordProblem {
   int64_t wrong_row = 0;  // the result: the first row that is malformed, or `rows`
 };
 
+// Rows of the `topk` family. Arrays whose element type is not said hold the compute type: double if
+// the logits are float64, else float.
+struct TopKProblem {
+  int64_t rows = 0;
+  int64_t vocab = 0;  // less than 2^31
+  int threads = 1;
+  bool compute_double = false;
+
+  Matrix source;
+  double temperature = 1;
+  double softcap = 0;  // 0: none
+
+  int64_t k = 0;                  // at most vocab
+  int64_t* ids = nullptr;         // [rows, k], -1 where there is no entry
+  void* log_probs = nullptr;      // [rows, k]
+  void* log_tail_mass = nullptr;  // [rows]
+};
+
+struct SampleProblem {
+  int64_t rows = 0;
+  int64_t vocab = 0;
+  int threads = 1;
+  bool compute_double = false;
+
+  Matrix source;
+  double temperature = 1;
+  double proposal_temperature = 1;  // of the distribution that is drawn from
+  double softcap = 0;
+
+  int64_t draws = 0;
+  const double* uniforms = nullptr;  // [rows, draws], in [0, 1)
+  int64_t* ids = nullptr;            // [rows, draws], -1 where nothing can be drawn
+  void* weights = nullptr;           // [rows, draws]
+  void* entropy = nullptr;           // [rows]
+};
+
 // A buffer of this thread, at least `bytes` long and aligned to 64; it is kept between calls.
 // Null if there is no memory.
 void* thread_scratch(int64_t bytes);
@@ -94,8 +153,11 @@ void populate(void* data, int64_t bytes);
   namespace isa {                                   \
   bool divergence(const RowProblem& problem);       \
   bool token_statistics(const RowProblem& problem); \
+  bool sparse_divergence(SparseProblem& problem);   \
   bool pack_records(RecordProblem& problem);        \
   bool unpack_records(RecordProblem& problem);      \
+  bool topk(const TopKProblem& problem);            \
+  bool sample(const SampleProblem& problem);        \
   }
 KD_DECLARE_CPU_KERNELS(baseline)
 KD_DECLARE_CPU_KERNELS(avx2)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <initializer_list>
 
 #include "cpu/problem.h"
 #include "math/elementary.h"
@@ -367,5 +368,75 @@ struct Stream {
     for (int64_t i = 0; i < n; ++i) out[i] = temper(block[i]) * Real(log_2) - log_total;
   }
 };
+
+// From the gradient of a block of clamped logits, which `block` holds, to that of the logits themselves.
+template <class Real>
+inline void through_clamp_and_softcap(const Stream<Real>& stream, int64_t n, const Real* block, Real* gradient) {
+  if (stream.masked) {
+    constexpr Real floor = static_cast<Real>(logit_floor);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) gradient[i] = block[i] <= floor ? Real(0) : gradient[i];
+  }
+  if (stream.softcap != Real(0)) {
+    const Real inverse = Real(1) / stream.softcap;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const Real ratio = block[i] * inverse;
+      gradient[i] *= Real(1) - ratio * ratio;
+    }
+  }
+}
+
+// A row of a gradient, written block by block. It may share the storage of logits that are still being read.
+template <class Real>
+class GradientRow {
+ public:
+  // A large gradient with a place of its own leaves the caches alone.
+  GradientRow(const Matrix& matrix, const RowProblem& problem, int64_t row)
+      : matrix_(matrix),
+        row_(row),
+        shared_(matrix.data == problem.student.data || matrix.data == problem.teacher.data) {
+    constexpr int64_t cached_bytes = 4 << 20;
+    streams_ = matrix.data && sizeof(Real) == 4 && matrix.dtype == DType::float32 && !shared_ &&
+               problem.rows * problem.vocab * 4 > cached_bytes;
+    if (streams_ && problem.fresh_gradients) populate(entry_address(matrix, row, 0), problem.vocab * sizeof(Real));
+  }
+
+  bool wanted() const { return matrix_.data; }
+
+  // Whether blocks may be computed where they belong, without a copy through a buffer; `reading`: while their logits
+  // are read.
+  bool direct(bool reading) const {
+    const bool compute_type = matrix_.dtype == (sizeof(Real) == 4 ? DType::float32 : DType::float64);
+    return wanted() && compute_type && !streams_ && !(reading && shared_);
+  }
+
+  Real* at(int64_t start) const { return reinterpret_cast<Real*>(entry_address(matrix_, row_, start)); }
+
+  void store(int64_t start, int64_t n, const Real* block) const {
+    if constexpr (sizeof(Real) == 4) {
+      if (streams_) {
+        stream_block(block, n, at(start));
+        return;
+      }
+    }
+    store_block(block, n, entry_address(matrix_, row_, start), matrix_.dtype);
+  }
+
+ private:
+  Matrix matrix_;
+  int64_t row_;
+  bool shared_, streams_;
+};
+
+// A row that does not count.
+inline void clear_row(const RowProblem& problem, int64_t row) {
+  const int64_t size = problem.compute_double ? 8 : 4;
+  if (problem.divergence) std::memset(static_cast<char*>(problem.divergence) + row * size, 0, size);
+  if (problem.weighted) problem.weighted[row] = 0;
+  if (problem.cross_entropy) std::memset(static_cast<char*>(problem.cross_entropy) + row * size, 0, size);
+  for (const Matrix& gradient : {problem.grad_student, problem.grad_teacher})
+    if (gradient.data) std::memset(entry_address(gradient, row, 0), 0, problem.vocab * dtype_size(gradient.dtype));
+}
 
 }  // namespace kd::KD_ISA

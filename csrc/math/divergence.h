@@ -103,6 +103,46 @@ KD_INLINE Terms<Real> power_terms(Real p_power, Real q_power, Real cross, Real a
   }
 }
 
+// One outcome of a distribution in full. Nothing is dropped as it is from `terms`, so that sums of h_s over some of the
+// outcomes, or over distributions that do not add up to 1, are the derivative of the sum of the values.
+template <class Real>
+struct Outcome {
+  Real student;  // h_s
+  Real value;    // f
+};
+
+template <Kind kind, class Real>
+KD_INLINE Outcome<Real> outcome(Real log_p, Real log_q, [[maybe_unused]] Real a, [[maybe_unused]] Real b) {
+  const Real p = exp(log_p), q = exp(log_q);
+  [[maybe_unused]] const Real one = Real(1), d = log_p - log_q;
+  if constexpr (kind == Kind::forward_kl) {
+    return {-p, p * d};
+  } else if constexpr (kind == Kind::reverse_kl) {
+    return {q * (one - d), -q * d};
+  } else if constexpr (kind == Kind::jeffreys) {
+    return {(one - a) * q * (one - d) - a * p, (a * p - (one - a) * q) * d};
+  } else if constexpr (kind == Kind::alpha || kind == Kind::alpha_beta) {
+    const Real cross = exp(cross_exponent<kind>(log_p, log_q, a, b));
+    if constexpr (kind == Kind::alpha) {
+      const auto h = power_terms<kind>(p, q, cross, a, b);
+      return {h.student, h.student + h.teacher};
+    } else {
+      const auto h = power_terms<kind>(exp(cross_exponent<kind>(log_p, log_p, a, b)),
+                                       exp(cross_exponent<kind>(log_q, log_q, a, b)), cross, a, b);
+      return {h.student, (h.student + h.teacher) / (a + b)};
+    }
+  } else {
+    const auto h = terms<kind>(p, q, log_p, log_q, a);
+    if constexpr (kind == Kind::skew_forward_kl) {
+      return {h.student, h.value};
+    } else if constexpr (kind == Kind::skew_reverse_kl) {
+      return {h.student + q, h.value};
+    } else {
+      return {h.student, h.student + h.teacher};
+    }
+  }
+}
+
 // D from the sums over the vocabulary of h_s, h_t and f.
 template <Kind kind, class Real>
 KD_INLINE Real value_from_sums(Real sum_student, Real sum_teacher, Real sum_value, Real a, Real b) {

@@ -1,22 +1,31 @@
-"""The family linear_divergence over any row backend: the tokens are cut into chunks whose logits fit a memory budget.
+"""The families linear_divergence, token_statistics and topk over any row backend.
 
-Per chunk: one GEMM per head makes the logits, the row kernel turns them into their gradient in place, two GEMMs carry it
+The tokens are cut into chunks whose logits fit a memory budget. Per chunk of linear_divergence: one GEMM per head makes the logits, the row kernel turns them into their gradient in place, two GEMMs carry it
 to the hidden states and the weight. Nothing of size tokens x vocabulary exists. The weight gradient is accumulated in
 float32 across chunks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kdkernels.backends import row_backend
-from kdkernels.backends.rows import RowSpec, Side, compute_dtype
+from kdkernels.backends.rows import RowSpec, Side, Tempering, compute_dtype
 
-__all__ = ["DEFAULT_BUDGET", "Needs", "SideGradients", "divergence", "divergence_with_gradients", "statistics"]
+__all__ = [
+    "DEFAULT_BUDGET",
+    "Needs",
+    "SideGradients",
+    "divergence",
+    "divergence_with_gradients",
+    "sample",
+    "statistics",
+    "topk",
+]
 
 DEFAULT_BUDGET = {"cpu": 128 << 20, "cuda": 1 << 30}
 """Bytes of temporary logits by device type. Larger chunks on the CPU bring no speed."""
@@ -38,11 +47,12 @@ class SideGradients(NamedTuple):
     bias: Tensor | None = None
 
 
-def chunks(sides: list[Side], memory_budget: int | None) -> Iterator[slice]:
-    """Equal runs of rows whose logits fit the budget, at least one row each."""
+def chunks(sides: list[Side], memory_budget: int | None, *, extra_row_bytes: int = 0) -> Iterator[slice]:
+    """Equal runs of rows whose logits, and what else a row takes, fit the budget, at least one row each."""
     rows = sides[0].tensor.shape[0]
     budget = DEFAULT_BUDGET.get(sides[0].tensor.device.type, 1 << 30) if memory_budget is None else memory_budget
     row_bytes = sum(side.weight.shape[0] * side.tensor.element_size() for side in sides if side.weight is not None)
+    row_bytes += extra_row_bytes
     fitting = max(1, budget // max(1, row_bytes))
     count = -(-rows // fitting)
     size = -(-rows // count) if count else 1
@@ -56,7 +66,10 @@ class Head:
         self.side = side
         self.needs = needs
         self.active = active
-        self.tensor_gradient = side.tensor.new_empty(side.tensor.shape) if needs.tensor else None
+        self.tensor_gradient: Tensor | None = None
+        if needs.tensor:
+            donated = side.donate and side.weight is None
+            self.tensor_gradient = side.tensor if donated else side.tensor.new_empty(side.tensor.shape)
         self.weight_sum: Tensor | None = None
         self.bias_sum: Tensor | None = None
         self.buffer: Tensor | None = None
@@ -246,6 +259,35 @@ def statistics(
         return kernels.token_statistics(vocab, None if teacher is None else vocab, spec)  # type: ignore[no-any-return]
     values, argmax = zip(*parts, strict=True)
     return torch.cat(values), torch.cat(argmax)
+
+
+@torch.no_grad()
+def by_chunks(
+    source: Side, memory_budget: int | None, kernel: Callable[[Tensor, slice], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """The results of a row kernel of logits and of which rows they are, put together."""
+    head = Head(source, Needs(False), None)
+    parts = [kernel(head.logits(chunk), chunk) for chunk in chunks([source], memory_budget)]
+    if not parts:
+        vocab = (source.tensor if source.weight is None else source.weight.t()).shape[1]
+        return kernel(source.tensor.new_empty(0, vocab), slice(0, 0))
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
+
+
+def topk(
+    source: Side, k: int, tempering: Tempering, memory_budget: int | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``topk`` of a row backend, for any source."""
+    kernels = row_backend(backend)
+    return by_chunks(source, memory_budget, lambda logits, _: kernels.topk(logits, k, tempering))  # type: ignore[return-value]
+
+
+def sample(
+    source: Side, uniforms: Tensor, tempering: Tempering, memory_budget: int | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``sample`` of a row backend, for any source."""
+    kernels = row_backend(backend)
+    return by_chunks(source, memory_budget, lambda logits, rows: kernels.sample(logits, uniforms[rows], tempering))  # type: ignore[return-value]
 
 
 def empty_values(student: Side, teacher: Side, spec: RowSpec) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kdkernels import records
 from kdkernels.backends import native
-from kdkernels.backends.rows import STATISTICS, RowSpec, Scales, compute_dtype
+from kdkernels.backends.rows import STATISTICS, RowSpec, Scales, Tempering, compute_dtype
+from kdkernels.backends.sparse_rows import Records, SparseRows
 
 __all__ = [
     "SAVED_STATISTICS",
@@ -18,9 +19,12 @@ __all__ = [
     "divergence_fused",
     "divergence_total",
     "pack_records",
+    "sample",
+    "sparse_divergence_fused",
     "status",
     "supports",
     "token_statistics",
+    "topk",
     "unpack_records",
 ]
 
@@ -192,6 +196,76 @@ def divergence_total(
     return total
 
 
+def sparse_divergence_fused(
+    student: Tensor,
+    teacher: SparseRows,
+    spec: RowSpec,
+    grad_divergence: Tensor | None,
+    grad_cross_entropy: Tensor | None,
+    grad_student: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    rows, vocab = student.shape
+    divergence = torch.empty(rows, dtype=compute_dtype(student, None))
+    cross_entropy = divergence.new_empty(0 if spec.labels is None else rows)
+    student_type = _DTYPES[student.dtype]
+    wrong = _module().sparse_divergence(
+        torch.get_num_threads(),
+        student_type == _FLOAT64,
+        rows,
+        vocab,
+        student.data_ptr(),
+        student.stride(0),
+        student_type,
+        spec.student_temperature,
+        _address(spec.student_temperatures),
+        spec.teacher_temperature,
+        _address(spec.teacher_temperatures),
+        spec.student_softcap,
+        _address(spec.labels),
+        _address(spec.active),
+        *spec[:3],
+        teacher.policy,
+        *_entries(teacher),
+        *_records(teacher.records, rows),
+        divergence.data_ptr(),
+        _address(cross_entropy),
+        _address(grad_divergence),
+        _address(grad_cross_entropy),
+        *((0, 0) if grad_student is None else (grad_student.data_ptr(), grad_student.stride(0))),
+    )
+    if wrong < rows:
+        records.refuse_record(wrong)
+    return divergence, cross_entropy
+
+
+def _entries(teacher: SparseRows) -> tuple[Any, ...]:
+    """(entries per row, ids and their stride, whether int64, values, their stride and dtype, constants and dtype)."""
+    ids, values, constants = teacher.ids, teacher.values, teacher.constants
+    if ids is None or values is None:
+        return (0, 0, 0, True, 0, 0, 0, 0, 0)
+    constant = (0, 0) if constants is None else (constants.data_ptr(), _DTYPES[constants.dtype])
+    wide = ids.dtype == torch.int64
+    return (
+        ids.shape[1],
+        ids.data_ptr(),
+        ids.stride(0),
+        wide,
+        values.data_ptr(),
+        values.stride(0),
+        _DTYPES[values.dtype],
+        *constant,
+    )
+
+
+def _records(packed: Records | None, rows: int) -> tuple[int, ...]:
+    """(data, where each row's record begins, counts, the largest, bits)."""
+    if packed is None:
+        return (0, 0, 0, 0, 0)
+    assert packed.offsets is not None
+    largest = int(packed.counts.max()) if rows else 0
+    return packed.data.data_ptr(), packed.offsets.data_ptr(), packed.counts.data_ptr(), largest, packed.bits
+
+
 def token_statistics(student: Tensor, teacher: Tensor | None, spec: RowSpec) -> tuple[Tensor, Tensor]:
     rows = student.shape[0]
     values = torch.empty(rows, len(STATISTICS), dtype=compute_dtype(student, teacher))
@@ -252,3 +326,38 @@ def unpack_records(data: Tensor, counts: Tensor, vocab: int, bits: int, width: i
     if wrong < rows:
         records.refuse_record(wrong)
     return ids, log_probs, log_tail_mass
+
+
+def _source(logits: Tensor) -> tuple[Any, ...]:
+    """The leading arguments of the kernels that read one matrix."""
+    dtype = _DTYPES[logits.dtype]
+    return (torch.get_num_threads(), dtype == _FLOAT64, *logits.shape, logits.data_ptr(), logits.stride(0), dtype)
+
+
+def topk(logits: Tensor, k: int, tempering: Tempering) -> tuple[Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
+    ids = torch.empty(rows, k, dtype=torch.int64)
+    log_probs = torch.empty(rows, k, dtype=compute_dtype(logits, None))
+    log_tail_mass = log_probs.new_empty(rows)
+    results = ids.data_ptr(), log_probs.data_ptr(), log_tail_mass.data_ptr()
+    _module().topk(*_source(logits), tempering.temperature, tempering.softcap, k, *results)
+    return ids, log_probs, log_tail_mass
+
+
+def sample(logits: Tensor, uniforms: Tensor, tempering: Tempering) -> tuple[Tensor, Tensor, Tensor]:
+    ids = torch.empty(uniforms.shape, dtype=torch.int64)
+    weights = torch.empty(uniforms.shape, dtype=compute_dtype(logits, None))
+    entropy = weights.new_empty(uniforms.shape[0])
+    uniforms = uniforms.contiguous()
+    _module().sample(
+        *_source(logits),
+        tempering.temperature,
+        tempering.proposal_temperature,
+        tempering.softcap,
+        uniforms.shape[1],
+        uniforms.data_ptr(),
+        ids.data_ptr(),
+        weights.data_ptr(),
+        entropy.data_ptr(),
+    )
+    return ids, weights, entropy

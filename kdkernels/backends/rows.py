@@ -13,8 +13,17 @@ is float64 if either side is, else float32.
     Both at once, for a caller who knows the upstream gradient beforehand; returns ``(divergence, cross_entropy)``.
 ``divergence_total(student, teacher, spec, scales, grad_student, grad_teacher) -> 0-d tensor``
     Optional, where one call per loss is worth having: the scaled sum of the values, with its gradients.
+``sparse_divergence_fused(student, teacher, spec, grad_divergence, grad_cross_entropy, grad_student)``
+    The same for a teacher of ``SparseRows`` (see ``sparse_rows``); without ``grad_student`` the values alone.
 ``token_statistics(student, teacher or None, spec) -> (values [N, 10], argmax [N, 2])``
     The columns are named in ``STATISTICS``.
+``topk(logits, k, tempering) -> (ids int64 [N, k], log_probs [N, k], log_tail_mass [N])``
+    The ``k`` largest logits of each row, equal ones by their ids, and the log-probabilities over all of the row. Ids of -1
+    with ``-inf`` where fewer than k lie above the floor; with NaN in a row that has no distribution.
+``sample(logits, uniforms, tempering) -> (ids int64 [N, n], weights [N, n], entropy [N])``
+    What the numbers ``uniforms`` (float64 ``[N, n]``, in [0, 1)) draw with replacement by inverting the distribution
+    function of the proposal, with the weights ``p / (n * proposal)``, and the entropy of ``p``. Ids of -1 and zeros where a
+    row is masked altogether; with NaN in a row that has no distribution.
 
 Rows that are not active have value and gradient zero, whatever their logits hold.
 """
@@ -26,7 +35,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["STATISTICS", "RowSpec", "Scales", "Side", "compute_dtype", "row_temperature"]
+__all__ = ["STATISTICS", "RowSpec", "Scales", "Side", "Tempering", "compute_dtype", "row_temperature"]
 
 
 class RowSpec(NamedTuple):
@@ -60,6 +69,15 @@ class RowSpec(NamedTuple):
             labels=pick(self.labels),
             active=pick(self.active),
         )
+
+
+class Tempering(NamedTuple):
+    """How the logits of a single source become probabilities; a softcap of 0 means none."""
+
+    temperature: float
+    softcap: float = 0.0
+    proposal_temperature: float = 1.0
+    """Of the distribution that is drawn from, where that is done."""
 
 
 class Side(NamedTuple):

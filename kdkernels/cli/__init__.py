@@ -1,4 +1,4 @@
-"""The command ``kdkernels``: info, check, bench."""
+"""The command ``kdkernels``: info, check, bench; cache, inspect, verify."""
 
 from __future__ import annotations
 
@@ -7,20 +7,29 @@ from typing import Annotated
 import typer
 
 from kdkernels.cli.bench import run_bench
+from kdkernels.cli.cache import run_cache
 from kdkernels.cli.check import run_check
 from kdkernels.cli.info import show_info
+from kdkernels.cli.inspect import show_store
+from kdkernels.cli.verify import run_verify
 from kdkernels.environment import package_version
 
 __all__ = ["app"]
 
 app = typer.Typer(
-    help="Fused kernels for knowledge distillation: what works here, whether it is right, and how fast it is.",
+    help=(
+        "Fused kernels for knowledge distillation: what works here, whether it is right, how fast it is; and teachers' "
+        "logits in stores."
+    ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 app.command("info")(show_info)
 app.command("check")(run_check)
 app.command("bench")(run_bench)
+app.command("cache")(run_cache)
+app.command("inspect")(show_store)
+app.command("verify")(run_verify)
 
 
 def show_version(wanted: bool) -> None:

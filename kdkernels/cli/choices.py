@@ -10,7 +10,7 @@ import kdkernels as kd
 from kdkernels.cli.terminal import fail
 from kdkernels.divergences import Divergence
 
-__all__ = ["DIVERGENCES", "DivergenceName", "Dtype", "check_device"]
+__all__ = ["DIVERGENCES", "Codec", "DivergenceName", "Dtype", "check_device"]
 
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": kd.ForwardKL(),
@@ -52,6 +52,13 @@ class Dtype(str, enum.Enum):
     def torch(self) -> torch.dtype:
         found: torch.dtype = getattr(torch, self.value)
         return found
+
+
+class Codec(str, enum.Enum):
+    Q4 = "q4"
+    Q6 = "q6"
+    Q8 = "q8"
+    BF16 = "bf16"
 
 
 def check_device(device: str) -> str:

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 __all__ = ["console", "fail", "progress"]
 
 FILE_WIDTH = 160
 
 
-def console() -> Console:
-    """For tables: as wide as the terminal, or wide enough when the output goes to a file."""
-    return Console(width=None if sys.stdout.isatty() else FILE_WIDTH, highlight=False)
+def console(*, error: bool = False) -> Console:
+    """For tables: as wide as the terminal, or wide enough when the output goes to a file. ``error``: for the standard error."""
+    stream = sys.stderr if error else sys.stdout
+    return Console(width=None if stream.isatty() else FILE_WIDTH, highlight=False, stderr=error)
 
 
-def progress(*, counted: bool) -> Progress:
-    """A progress bar that goes away when it is done."""
+def progress(*, counted: bool, columns: Sequence[ProgressColumn] = ()) -> Progress:
+    """A progress bar, with further columns at its end, that goes away when it is done."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn() if counted else TaskProgressColumn(),
         TimeElapsedColumn(),
+        *columns,
         console=Console(stderr=True),
         transient=True,
     )

@@ -1,4 +1,4 @@
-"""``distillation_loss`` in plain PyTorch: the definition of correct for the families divergence and linear_divergence."""
+"""``distillation_loss`` in plain PyTorch: the definition of correct for every family of divergences."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from kdkernels import arguments
 from kdkernels.autocast import autocast_disabled
 from kdkernels.divergences import Divergence, ForwardKL
 from kdkernels.reductions import reduce_rows
-from kdkernels.reference import rows
-from kdkernels.sources import Source
+from kdkernels.reference import rows, sparse_divergence
+from kdkernels.sources import Source, SparseTeacher
 
 __all__ = ["distillation_loss"]
 
 
 def distillation_loss(
     student: Source,
-    teacher: Source,
+    teacher: Source | SparseTeacher,
     divergence: Divergence = ForwardKL(),  # noqa: B008 - immutable
     *,
     temperature: float | Tensor = 1.0,
@@ -53,12 +53,17 @@ def distillation_loss(
 
 def loss(problem: arguments.Problem, total: arguments.Total) -> Tensor:
     """The loss of a checked problem."""
-    assert problem.teacher is not None
     device = problem.student.tensor.device.type
     # Autocast would undo the float32 of log_softmax's neighbours; the head's dtype is settled already.
     with autocast_disabled(device):
-        student, teacher = (rows.side_logits(side, problem.spec.active) for side in (problem.student, problem.teacher))
-        values = rows.divergence(student, teacher, problem.spec) * total.divergence_scale
+        student = rows.side_logits(problem.student, problem.spec.active)
+        if problem.sparse is not None:
+            values = sparse_divergence.divergence(student, problem.sparse, problem.spec)
+        else:
+            assert problem.teacher is not None
+            teacher = rows.side_logits(problem.teacher, problem.spec.active)
+            values = rows.divergence(student, teacher, problem.spec)
+        values = values * total.divergence_scale
         if problem.spec.labels is not None:
             values = values + total.cross_entropy_scale * rows.cross_entropy(student, problem.spec, problem.dtype)
         return reduce_rows(values, problem, total)
