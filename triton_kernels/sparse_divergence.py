@@ -36,7 +36,6 @@ from .online_softmax import (
     load_label_logit,
     load_logits,
     merge_maximum,
-    powers_of_two,
     round_to,
     row_pointer,
     row_scalar,
@@ -52,7 +51,7 @@ DROP = tl.constexpr(3)
 SAMPLED = tl.constexpr(4)
 
 NO_ID = tl.constexpr(2**31 - 1)  # where a row has no entry
-NOTHING = tl.constexpr(-1.0e30)  # the logarithm of the probability of what is not there
+NOTHING = tl.constexpr(-1.0e30)  # the logarithm of the probability, or the logit, of what is not there
 
 # Columns of the row statistics.
 REST_MAX = tl.constexpr(0)  # of the raw logits outside K
@@ -121,21 +120,22 @@ def accumulate(
     columns = start + columns
     valid = columns < vocab_size
     logits, _ = load_logits(pointer, columns, valid, cap, HAS_CAP, MASKED, "", COMPUTE)
+    if MASKED:
+        logits = tl.where(valid, logits, NOTHING)
     while entry < stop:
-        valid = valid & (columns != entry)
+        logits = tl.where(columns == entry, NOTHING, logits)
         place += 1
         entry = tl.load(ids + place, mask=place < entries, other=NO_ID)
-    logits = tl.where(valid, logits, LOGIT_FLOOR)
     old = maximum
     maximum, shift, z = advance_maximum(maximum, logits, scale)
-    total = total * tl.exp2(shift) + lane_sum(powers_of_two(z, valid, True))
+    total = total * tl.exp2(shift) + lane_sum(tl.exp2(z))
     if HARD:
-        hard = powers_of_two((logits - maximum[None, :, None]) * LOG2_E, valid, True)
+        hard = tl.exp2((logits - maximum[None, :, None]) * LOG2_E)
         hard_total = hard_total * tl.exp2((old - maximum) * LOG2_E) + lane_sum(hard)
     if EVEN:
-        gap = tl.where(valid, logits - maximum[None, :, None], 0.0)
-        gaps += count * (old - maximum) + lane_sum(gap)
-        count += lane_sum(valid.to(COMPUTE))
+        left = logits != NOTHING
+        gaps += count * (old - maximum) + lane_sum(tl.where(left, logits - maximum[None, :, None], 0.0))
+        count += lane_sum(left.to(COMPUTE))
     return maximum, total, hard_total, gaps, count, place, entry
 
 
@@ -218,7 +218,7 @@ def sparse_divergence_forward_kernel(
             state, student_row, start, rest_columns, start + REST_TILE, vocab_size, ids, entries, scale, cap,
             HARD, EVEN, HAS_STUDENT_CAP, True, COMPUTE,
         )  # fmt: skip
-    lane_max, total, hard_total, gaps, count, _, _ = state
+    lane_max, total, hard_total, gaps, count, place, entry = state
     rest_max, shift = merge_maximum(lane_max, scale)
     rest_sum = tl.sum(total * tl.exp2(shift), axis=0)
 
@@ -234,7 +234,7 @@ def sparse_divergence_forward_kernel(
         present = id < vocab_size
         logit = tl.load(student_row + id, mask=present, other=0.0).to(COMPUTE)
         if HAS_STUDENT_CAP:
-            logit, _ = soft_cap(logit, cap)
+            logit, tanh = soft_cap(logit, cap)
         logit = floored(logit)
         tl.store(gathered + at, logit, mask=at < entries)
         logit = tl.where(present, logit, LOGIT_FLOOR)
