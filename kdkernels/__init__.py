@@ -19,7 +19,7 @@ from kdkernels.divergences import (
     SkewForwardKL,
     SkewReverseKL,
 )
-from kdkernels.functional import distillation_loss, token_statistics
+from kdkernels.functional import distillation_loss, pack, token_statistics, unpack
 from kdkernels.sources import LMHead, Logits, PackedLogits, SampledLogits, TopKLogits
 from kdkernels.statistics import TokenStatistics
 
@@ -51,6 +51,8 @@ __all__ = [
     "backends",
     "debug",
     "distillation_loss",
+    "pack",
     "reference",
     "token_statistics",
+    "unpack",
 ]

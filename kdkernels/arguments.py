@@ -6,7 +6,7 @@ Every refusal happens here, before a kernel runs, and names the argument, what w
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import NamedTuple
 
 import torch
@@ -16,12 +16,22 @@ from kdkernels import sparse_arguments
 from kdkernels.autocast import autocast_dtype
 from kdkernels.backends.rows import RowSpec, Side
 from kdkernels.backends.sparse_rows import SparseRows
-from kdkernels.checks import LOGIT_DTYPES, check_flag, check_floating, check_integer, check_real
+from kdkernels.checks import LOGIT_DTYPES, check_choice, check_flag, check_floating, check_integer, check_real
 from kdkernels.debugging import debug, values_are_checked
 from kdkernels.divergences import Divergence, Form
-from kdkernels.sources import LMHead, Logits, PackedLogits, SampledLogits, Source, SparseTeacher, TopKLogits
+from kdkernels.records import BITS, check_tail
+from kdkernels.sources import CODECS, LMHead, Logits, PackedLogits, SampledLogits, Source, SparseTeacher, TopKLogits
 
-__all__ = ["Problem", "Total", "check_memory_budget", "debug", "prepare_loss", "prepare_statistics"]
+__all__ = [
+    "Problem",
+    "Total",
+    "check_memory_budget",
+    "debug",
+    "pack_rows",
+    "prepare_loss",
+    "prepare_statistics",
+    "unpack_rows",
+]
 
 CPU = torch.device("cpu")
 REDUCTIONS = ("none", "sum", "mean")
@@ -319,3 +329,49 @@ def prepare_statistics(
     """Checks the arguments of ``token_statistics``."""
     problem = pair(student, teacher, Form(0), vocab_size, temperature, teacher_temperature)
     return active_rows(problem, mask, labels, ignore_index)
+
+
+def pack_rows(topk: TopKLogits, codec: str, pack_records: Callable[..., tuple[Tensor, Tensor]]) -> PackedLogits:
+    """``pack`` with the row function of a backend."""
+    if not isinstance(topk, TopKLogits):
+        raise TypeError(f"topk must be kd.TopKLogits, got {type(topk).__name__}")
+    check_choice("codec", codec, CODECS)
+    width = topk.ids.shape[-1]
+    log_tail_mass = None
+    if topk.log_tail_mass is not None:
+        log_tail_mass = topk.log_tail_mass.detach().reshape(-1)
+        check_tail(log_tail_mass)
+    rows = topk.batch_shape.numel()
+    data, counts = pack_records(
+        topk.ids.reshape(rows, width),
+        topk.log_probs.detach().reshape(rows, width),
+        log_tail_mass,
+        topk.vocab_size,
+        BITS[codec],
+    )
+    return PackedLogits(
+        data,
+        counts.reshape(topk.batch_shape),
+        vocab_size=topk.vocab_size,
+        codec=codec,
+        tail=topk.tail,
+        temperature=topk.temperature,
+    )
+
+
+def unpack_rows(packed: PackedLogits, unpack_records: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> TopKLogits:
+    """``unpack`` with the row function of a backend."""
+    if not isinstance(packed, PackedLogits):
+        raise TypeError(f"packed must be kd.PackedLogits, got {type(packed).__name__}")
+    counts = packed.counts.reshape(-1)
+    # A hostile count must not decide how much memory is asked for: each entry takes a bit at least.
+    width = min(max(0, int(counts.max())) if counts.numel() else 0, 8 * packed.data.numel())
+    ids, log_probs, log_tail_mass = unpack_records(packed.data, counts, packed.vocab_size, BITS[packed.codec], width)
+    return TopKLogits(
+        ids.view(*packed.batch_shape, width),
+        log_probs.view(*packed.batch_shape, width),
+        vocab_size=packed.vocab_size,
+        tail=packed.tail,
+        temperature=packed.temperature,
+        log_tail_mass=log_tail_mass.view(packed.batch_shape),
+    )

@@ -10,6 +10,7 @@ __all__ = [
     "MASS_SLACK",
     "check_entries",
     "check_tail",
+    "header_bytes",
     "low_bits",
     "present_entries",
     "record_offsets",

@@ -12,6 +12,7 @@ import torch
 from truth import DTYPES, EVERY_DIVERGENCE, OTHER_PARAMETERS, random_logits
 
 from kdkernels.backends import native
+from kdkernels.records import BITS
 
 VARIABLE = "KDKERNELS_CPU_ISA"
 BUILT: list[str] = native.module.isas() if native.module is not None else []
@@ -31,6 +32,7 @@ def verify(instruction_set: str) -> None:
     """What the process does: the accuracy rule over kinds, dtypes and awkward sizes."""
     import test_divergence_accuracy as dense
     import test_hard_inputs as hard
+    import test_records as records
     import test_token_statistics as statistics
 
     assert native.module is not None
@@ -46,6 +48,9 @@ def verify(instruction_set: str) -> None:
         dense.test_temperature_per_token_and_hard_labels(case, torch.float32)
         hard.test_finite_and_right(case, torch.float32)
         hard.test_nan_in_a_counted_row_shows(case, 0)
+    for vocab, width in records.SIZES:
+        for bits in BITS.values():
+            records.check_against_reference(vocab, width, bits)
     print("verified", instruction_set)
 
 

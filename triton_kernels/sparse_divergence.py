@@ -234,7 +234,7 @@ def sparse_divergence_forward_kernel(
         present = id < vocab_size
         logit = tl.load(student_row + id, mask=present, other=0.0).to(COMPUTE)
         if HAS_STUDENT_CAP:
-            logit, tanh = soft_cap(logit, cap)
+            logit, _tanh = soft_cap(logit, cap)
         logit = floored(logit)
         tl.store(gathered + at, logit, mask=at < entries)
         logit = tl.where(present, logit, LOGIT_FLOOR)

@@ -64,22 +64,50 @@ KD_INLINE int trailing_zeros(uint64_t word) {
 #endif
 }
 
+#if defined(__BYTE_ORDER__)
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "records are read and written in whole words");
+#endif
+
 // 64 bits from the byte at `offset` on; zeros stand for what lies beyond the `size` bytes there are.
 KD_INLINE uint64_t load_word(const uint8_t* bytes, int64_t size, int64_t offset) {
   uint64_t word = 0;
   if (offset + 8 <= size) {
-    const uint8_t* from = bytes + offset;
-    for (int i = 0; i < 8; ++i) word |= static_cast<uint64_t>(from[i]) << (8 * i);  // one load where bytes come so
+    std::memcpy(&word, bytes + offset, 8);
   } else {
     for (int i = 0; offset + i < size; ++i) word |= static_cast<uint64_t>(bytes[offset + i]) << (8 * i);
   }
   return word;
 }
 
-// A field of at most 57 bits.
-KD_INLINE uint64_t load_bits(const uint8_t* bytes, int64_t size, int64_t bit, int width) {
-  return (load_word(bytes, size, bit >> 3) >> (bit & 7)) & ((uint64_t(1) << width) - 1);
+// 56 bits, which lie in one word whatever bit they start at.
+constexpr int window_bits = 56;
+
+KD_INLINE uint64_t load_window(const uint8_t* bytes, int64_t size, int64_t bit) {
+  return (load_word(bytes, size, bit >> 3) >> (bit & 7)) & ((uint64_t(1) << window_bits) - 1);
 }
+
+// Reads fields of one width that lie one behind the other.
+struct FieldReader {
+  const uint8_t* bytes;
+  int64_t size;
+  int64_t bit;
+  int width;
+  int per_window = width ? window_bits / width : window_bits;
+  int left = 0;  // fields in the window
+  uint64_t window = 0;
+
+  KD_INLINE uint32_t next() {
+    if (left == 0) {
+      window = load_window(bytes, size, bit);
+      left = per_window;
+      bit += per_window * width;
+    }
+    const uint64_t field = window & ((uint64_t(1) << width) - 1);
+    window >>= width;
+    --left;
+    return static_cast<uint32_t>(field);
+  }
+};
 
 // Writes fields one behind the other.
 struct BitWriter {
@@ -92,7 +120,7 @@ struct BitWriter {
     pending |= value << pending_bits;
     pending_bits += width;
     if (pending_bits >= 32) {
-      for (int i = 0; i < 4; ++i) next[i] = static_cast<uint8_t>(pending >> (8 * i));
+      std::memcpy(next, &pending, 4);
       next += 4;
       pending >>= 32;
       pending_bits -= 32;
@@ -119,14 +147,16 @@ struct Quantiser {
   KD_INLINE Quantiser(int bits, int shape)
       : top((1 << bits) - 1), curvature(shape + record_flattest), slope((16 - curvature) * top) {}
 
-  KD_INLINE int32_t units(int32_t code) const { return code * (slope + curvature * code); }
+  // Exact, for codes as integers or as floats.
+  template <class Number>
+  KD_INLINE Number units(Number code) const {
+    return code * (static_cast<Number>(slope) + static_cast<Number>(curvature) * code);
+  }
 
-  // Not min: of code and its neighbours the nearest, up to the rounding of the square root.
+  // The code nearest to so many units, but for the rounding of the square root.
   KD_INLINE int32_t nearest(int32_t units) const {
     const float root = std::sqrt(static_cast<float>(slope * slope + 4 * curvature * units));
-    const float code = static_cast<float>(2 * units) / (static_cast<float>(slope) + root);
-    const int32_t half_steps = static_cast<int32_t>(code * 2.0f);
-    return (half_steps + 1) >> 1;
+    return static_cast<int32_t>(static_cast<float>(2 * units) / (static_cast<float>(slope) + root) + 0.5f);
   }
 
   static KD_INLINE int32_t whole_range(int bits) { return 16 * ((1 << bits) - 1) * ((1 << bits) - 1); }
@@ -139,36 +169,40 @@ KD_INLINE int32_t distance_units(float distance, float half_units_per_nat, int32
   return units < whole_range ? units : whole_range;
 }
 
-// 4096 exp(-distance) within 6%, which is enough to weigh errors with.
-KD_INLINE uint32_t distance_weight(float distance) {
-  const int32_t halvings = static_cast<int32_t>(distance * 5909.2783f);  // 4096 log2(e)
-  return static_cast<uint32_t>(8192 - (halvings & 4095)) >> ((halvings >> 12) + 1);
+// exp(-distance) within 6%, which is enough to weigh errors with: a straight line between powers of two.
+KD_INLINE float distance_weight(float distance) {
+  return bit_cast<float>(0x3F800000 - static_cast<int32_t>(distance * 12102203.0f));  // 2^23 log2(e)
 }
 
 // The shape with the smallest weighted squared error; of equals the first.
 KD_INLINE int best_shape(const float* log_probs, int64_t count, float largest, int bits, float reach,
                          float half_units_per_nat) {
-  constexpr int64_t block = 64;
+  constexpr int block = 64;
   const int32_t whole_range = Quantiser::whole_range(bits);
+  // An error is below 14 N units, so that a weighted square stays below 2^25 and a block's sum below 2^31.
+  const float weight_unit = bits == 8 ? 2 : bits == 6 ? 32 : 512;
   uint64_t errors[record_shapes] = {};
   for (int64_t start = 0; start < count; start += block) {
     const int n = static_cast<int>(count - start < block ? count - start : block);
     int32_t units[block];
-    uint32_t weights[block];
+    float weights[block];
+#pragma omp simd
     for (int i = 0; i < n; ++i) {
       const float distance = largest - log_probs[start + i];
       const float kept = distance < reach ? distance : reach;
       units[i] = distance_units(kept, half_units_per_nat, whole_range);
-      weights[i] = distance_weight(kept < 20.0f ? kept : 20.0f);
+      weights[i] = distance_weight(kept) * weight_unit;
     }
     for (int shape = 0; shape < record_shapes; ++shape) {
       const Quantiser quantiser(bits, shape);
-      uint64_t sum = 0;
+      int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
       for (int i = 0; i < n; ++i) {
-        const int32_t error = units[i] - quantiser.units(quantiser.nearest(units[i]));
-        sum += static_cast<uint64_t>(weights[i]) * static_cast<uint32_t>(error * error);
+        const float code = static_cast<float>(quantiser.nearest(units[i]));
+        const float error = static_cast<float>(units[i]) - quantiser.units(code);
+        sum += static_cast<int32_t>(error * error * weights[i]);
       }
-      errors[shape] += sum;
+      errors[shape] += static_cast<uint64_t>(sum);
     }
   }
   int best = 0;
@@ -265,23 +299,22 @@ KD_INLINE bool decode_record(const uint8_t* record, RecordFormat format, int64_t
   const int64_t codes = header * 8;
   const int64_t lows = codes + count * format.bits;
   const int64_t highs = lows + count * low;
-  const int64_t end = highs + count + ((format.vocab - 1) >> low);
 
-  // 56 bits at a time, because a field of so many lies in one word wherever it starts; the last
-  // word takes in the bits of padding, which must be zero as well.
+  // To the end of the record: the bits of padding must be zero.
   int64_t found = 0;
   bool valid = true;
-  for (int64_t bit = highs; bit < end; bit += 56) {
-    uint64_t word = load_bits(record, size, bit, 56);
-    int64_t position = bit - highs;
-    for (; word && found < count; word &= word - 1, ++found)
-      ids[found] = static_cast<int32_t>((position + trailing_zeros(word) - found) << low);
-    valid &= word == 0;
+  for (int64_t bit = highs; bit < size * 8; bit += window_bits) {
+    uint64_t window = load_window(record, size, bit);
+    const int64_t position = bit - highs;
+    for (; window && found < count; window &= window - 1, ++found)
+      ids[found] = static_cast<int32_t>((position + trailing_zeros(window) - found) << low);
+    valid &= window == 0;
   }
   if (found != count || !valid) return false;
+  FieldReader low_fields{record, size, lows, low};
   int32_t before = -1;
   for (int64_t i = 0; i < count; ++i) {
-    ids[i] |= static_cast<int32_t>(load_bits(record, size, lows + i * low, low));
+    ids[i] |= static_cast<int32_t>(low_fields.next());
     valid &= ids[i] > before;
     before = ids[i];
   }
@@ -289,9 +322,10 @@ KD_INLINE bool decode_record(const uint8_t* record, RecordFormat format, int64_t
 
   double per_unit = 1;
   bool anchored = false;
+  FieldReader code_fields{record, size, codes, format.bits};
   if (format.bits == 16) {
     for (int64_t i = 0; i < count; ++i) {
-      const uint32_t code = static_cast<uint32_t>(load_bits(record, size, codes + i * 16, 16));
+      const uint32_t code = code_fields.next();
       valid &= code < 0x7F80;
       anchored |= code == 0;
       log_probs[i] = bit_cast<float>(code << 16);
@@ -301,10 +335,12 @@ KD_INLINE bool decode_record(const uint8_t* record, RecordFormat format, int64_t
     const Quantiser quantiser(format.bits, scale & (record_shapes - 1));
     per_unit = static_cast<double>(scale >> 4) / record_range_unit / Quantiser::whole_range(format.bits);
     for (int64_t i = 0; i < count; ++i) {
-      const int32_t code = static_cast<int32_t>(load_bits(record, size, codes + i * format.bits, format.bits));
+      const int32_t code = static_cast<int32_t>(code_fields.next());
       anchored |= code == 0;
-      log_probs[i] = static_cast<float>(quantiser.units(code));
+      log_probs[i] = static_cast<float>(code);
     }
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) log_probs[i] = quantiser.units(log_probs[i]);
   }
   const int head = record[0] | record[1] << 8;
   if (!valid || !anchored || (count == format.vocab && head != record_no_tail)) return false;

@@ -86,6 +86,7 @@ def row_values(
     if not dense:
         values = kernels.sparse_divergence_fused(logits, teacher, spec, grad_divergence, grad_cross_entropy, gradient)
         return values
+    teacher = teacher.unpacked(logits.shape[1], kernels.unpack_records)
     log_probs, silent = dense_rows(teacher, spec, logits.shape[1], compute_dtype(logits, None))
     if silent is not None and grad_divergence is not None:
         grad_divergence = grad_divergence.masked_fill(silent, 0.0)
@@ -93,7 +94,5 @@ def row_values(
     if gradient is None or grad_divergence is None:
         values = kernels.divergence_forward(logits, log_probs, spec)[:2]
     else:
-        values = kernels.divergence_fused(
-            logits, log_probs, spec, grad_divergence, grad_cross_entropy, gradient, None
-        )
+        values = kernels.divergence_fused(logits, log_probs, spec, grad_divergence, grad_cross_entropy, gradient, None)
     return values if silent is None else (values[0].masked_fill(silent, 0.0), values[1])

@@ -243,8 +243,16 @@ def _entries(teacher: SparseRows) -> tuple[Any, ...]:
         return (0, 0, 0, True, 0, 0, 0, 0, 0)
     constant = (0, 0) if constants is None else (constants.data_ptr(), _DTYPES[constants.dtype])
     wide = ids.dtype == torch.int64
-    return (ids.shape[1], ids.data_ptr(), ids.stride(0), wide, values.data_ptr(), values.stride(0),
-            _DTYPES[values.dtype], *constant)
+    return (
+        ids.shape[1],
+        ids.data_ptr(),
+        ids.stride(0),
+        wide,
+        values.data_ptr(),
+        values.stride(0),
+        _DTYPES[values.dtype],
+        *constant,
+    )
 
 
 def _records(packed: Records | None, rows: int) -> tuple[int, ...]:

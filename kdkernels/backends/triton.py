@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kdkernels import records
 from kdkernels.backends.rows import STATISTICS, RowSpec, compute_dtype
 from kdkernels.backends.sparse_rows import Policy, SparseRows, entries
 
@@ -25,11 +26,15 @@ __all__ = [
     "status",
     "supports",
     "token_statistics",
+    "unpack_records",
 ]
 
 
 SAVED_STATISTICS = 7
 """Columns of the statistics that the forward hands to the backward."""
+
+_RECORD_BLOCK = 128
+"""Entries of a record that a warp decodes at a time."""
 
 
 class _Kernels(NamedTuple):
@@ -38,6 +43,7 @@ class _Kernels(NamedTuple):
     language: ModuleType
     jit_function: type
     divergence: ModuleType
+    records: ModuleType
     sparse_divergence: ModuleType
     token_statistics: ModuleType
     tiling: ModuleType
@@ -48,12 +54,20 @@ class _Kernels(NamedTuple):
 def _kernels() -> _Kernels:
     import triton.language
 
-    from kdkernels.triton_kernels import divergence, online_softmax, sparse_divergence, tiling, token_statistics
+    from kdkernels.triton_kernels import (
+        divergence,
+        online_softmax,
+        records,
+        sparse_divergence,
+        tiling,
+        token_statistics,
+    )
 
     return _Kernels(
         triton.language,
         triton.JITFunction,
         divergence,
+        records,
         sparse_divergence,
         token_statistics,
         tiling,
@@ -260,7 +274,7 @@ def sparse_divergence_fused(
     cross_entropy = divergence.new_empty(0 if spec.labels is None else rows)
     if not rows:
         return divergence, cross_entropy
-    found = entries(teacher, spec, vocab_size, divergence.dtype)
+    found = entries(teacher.unpacked(vocab_size, unpack_records), spec, vocab_size, divergence.dtype)
     ids = found.ids.masked_fill(found.ids >= vocab_size, kernels.NO_ID.value).int()
     count = ids.shape[1]
     statistics = divergence.new_empty(rows, kernels.STATISTICS.value)
@@ -348,3 +362,33 @@ def token_statistics(student: Tensor, teacher: Tensor | None, spec: RowSpec) -> 
                 num_warps=launch.num_warps,
             )
     return values, argmax
+
+
+def unpack_records(data: Tensor, counts: Tensor, vocab: int, bits: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``kdkernels.reference.records.unpack_records``."""
+    data, counts = data.contiguous(), counts.contiguous()
+    offsets = records.record_offsets(data, counts, vocab, bits, width)
+    rows = len(counts)
+    ids = torch.empty(rows, width, dtype=torch.int32, device=data.device)
+    log_probs = torch.empty(rows, width, device=data.device)
+    log_tail_mass = torch.empty(rows, device=data.device)
+    well_formed = torch.empty(rows, dtype=torch.int32, device=data.device)
+    if rows:
+        with _on_device_of(data):
+            _kernels().records.unpack_records_kernel[(rows,)](
+                data,
+                offsets,
+                counts,
+                vocab,
+                width,
+                ids,
+                log_probs,
+                log_tail_mass,
+                well_formed,
+                BITS=bits,
+                BLOCK=_RECORD_BLOCK,
+                num_warps=1,
+            )
+        if not bool(well_formed.all()):
+            records.refuse_record(int((well_formed == 0).nonzero()[0, 0]))
+    return ids.long(), log_probs, log_tail_mass

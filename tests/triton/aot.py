@@ -142,6 +142,24 @@ def compile_case(case: Case) -> Compiled:
     return Compiled(**found, **wanted)
 
 
+def compile_records(target: str, bits: int) -> dict[str, Any]:
+    """Registers and spills of the kernel that decodes records of a codec."""
+    import triton
+    from kdkernels.triton_kernels.records import unpack_records_kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    gpu = GPUTarget(*TARGETS[target])
+    constexprs = {"BITS": bits, "BLOCK": 128}
+    types = {"data": "*u8", "offsets": "*i64", "counts": "*i32", "vocab_size": "i32", "width": "i32", "ids": "*i32"}
+    types |= {"log_probs": "*fp32", "log_tail_mass": "*fp32", "well_formed": "*i32", "BITS": "constexpr"}
+    signature = types | {"BLOCK": "constexpr"}
+    compiled = triton.compile(
+        ASTSource(unpack_records_kernel, signature, constexprs), target=gpu, options={"num_warps": 1}
+    )
+    return _read_cuda(compiled.asm) if gpu.backend == "cuda" else _read_hip(compiled.asm)
+
+
 def _read_cuda(asm: dict[str, Any]) -> dict[str, Any]:
     from triton import knobs
 

@@ -13,6 +13,7 @@ from triton.runtime import interpreter as triton_interpreter
 
 from kdkernels.backends import triton as backend
 from kdkernels.backends.rows import RowSpec
+from kdkernels.reference import records
 
 UNTOUCHED = 7.0
 """Fills gradient buffers beforehand, so that an element that was not written shows."""
@@ -72,6 +73,18 @@ def divergence(
 
 def token_statistics(student: Tensor, teacher: Tensor | None, spec: RowSpec) -> tuple[Tensor, Tensor]:
     return backend.token_statistics(student, teacher, spec)
+
+
+def unpack_records(*arguments: Any, room: Any = backend) -> tuple[Tensor, Tensor, Tensor] | str:
+    """What is decoded, or the text of the refusal."""
+    try:
+        return room.unpack_records(*arguments)
+    except ValueError as error:
+        return str(error)
+
+
+def unpack_by_definition(*arguments: Any) -> tuple[Tensor, Tensor, Tensor] | str:
+    return unpack_records(*arguments, room=records)
 
 
 @contextmanager

@@ -38,7 +38,9 @@ def routine() -> list[Case]:
         cases += [Case(kernel, "sm_90", "fp32", FORWARD_KL, "everything", softcap=True)]
         cases += [Case(kernel, "sm_80", "fp64", SKEW_FORWARD_KL)]
         cases += [Case(kernel, "sm_80", "fp32", SKEW_FORWARD_KL, "everything", aligned=False)]
-    cases += [Case("sparse_divergence_forward", "sm_90", "fp32", kind) for kind in KINDS if kind not in (FORWARD_KL, JSD)]
+    cases += [
+        Case("sparse_divergence_forward", "sm_90", "fp32", kind) for kind in KINDS if kind not in (FORWARD_KL, JSD)
+    ]
     cases += [Case("sparse_divergence_forward", "sm_100", "bf16", FORWARD_KL, policy=policy) for policy in POLICIES]
     return cases
 
