@@ -24,6 +24,9 @@ OPERATORS = {
     "linear_divergence",
     "linear_divergence_backward",
     "linear_divergence_total",
+    "sparse_divergence",
+    "sparse_divergence_backward",
+    "sparse_divergence_total",
     "token_statistics",
 }
 
@@ -111,6 +114,67 @@ def test_opcheck_of_token_statistics(pairing: str, option: str) -> None:
         torch.library.opcheck(operator, arguments, test_utils=checks)
 
 
+def sparse_loss(tensors: Tensors, kind: str, **options: Any) -> Tensor:
+    """A student of either kind, a teacher of the kind named."""
+    student, teacher = pairs.sources(tensors)
+    log_p, ids = torch.as_tensor(teacher).detach().log_softmax(-1).topk(6)
+    sparse: Any = kd.SampledLogits(ids, log_p.exp(), vocab_size=pairs.VOCAB)
+    if kind != "sampled":
+        sparse = kd.TopKLogits(
+            ids, log_p, vocab_size=pairs.VOCAB, tail=kind, log_tail_mass=torch.log1p(-log_p.exp().sum(-1))
+        )
+    divergence = kd.ForwardKL() if kind == "sampled" else kd.JSD(0.3)
+    return kd.distillation_loss(student, sparse, divergence, **options)
+
+
+SPARSE = [
+    ("logits-logits", "bucket", "plain"),
+    ("head-logits", "uniform", "labels"),
+    ("logits-logits", "sampled", "labels-none"),
+    ("head-logits", "renormalize", "none"),
+]
+
+
+def sparse_calls(pairing: str, kind: str, option: str) -> list[Call]:
+    tensors = pairs.make(pairing)
+    return recorded(lambda: sparse_loss(tensors, kind, **pairs.OPTIONS[option]()).sum().backward())
+
+
+@pytest.mark.parametrize(
+    ("pairing", "kind", "option"),
+    [pytest.param(*case, marks=[] if case == SPARSE[0] else pytest.mark.slow) for case in SPARSE],
+)
+def test_opcheck_of_sparse_losses(pairing: str, kind: str, option: str) -> None:
+    for operator, arguments in sparse_calls(pairing, kind, option):
+        torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize(
+    ("pairing", "kind", "option"),
+    [pytest.param(*case, marks=[] if case == SPARSE[0] else pytest.mark.slow) for case in SPARSE],
+)
+def test_compiled_sparse_losses(pairing: str, kind: str, option: str) -> None:
+    options = pairs.OPTIONS[option]()
+    tensors = pairs.make(pairing)
+    tensors["teacher.logits"].requires_grad_(False)
+    check_compiled(lambda tensors: sparse_loss(tensors, kind, **options), tensors)
+
+
+@pytest.mark.slow
+def test_compiled_packed_losses() -> None:
+    tensors = pairs.make("logits-logits")
+    log_p, ids = tensors.pop("teacher.logits").detach().log_softmax(-1).topk(6)
+    packed = kd.pack(kd.TopKLogits(ids, log_p, vocab_size=pairs.VOCAB))
+
+    def packed_loss(tensors: Tensors, data: Tensor, counts: Tensor) -> Tensor:
+        teacher = kd.PackedLogits(data, counts, vocab_size=pairs.VOCAB, codec="q6")
+        return kd.distillation_loss(tensors["student.logits"], teacher, kd.JSD(0.3))
+
+    check_compiled(packed_loss, tensors, packed.data, packed.counts)
+    for operator, arguments in recorded(lambda: packed_loss(tensors, packed.data, packed.counts).backward()):
+        torch.library.opcheck(operator, arguments)
+
+
 def statistics_calls(pairing: str, option: str) -> list[Call]:
     tensors = pairs.make(pairing, grad=False)
     return recorded(lambda: kd.token_statistics(*pairs.sources(tensors), **pairs.OPTIONS[option]()))
@@ -118,6 +182,7 @@ def statistics_calls(pairing: str, option: str) -> list[Call]:
 
 def test_every_operator_is_reached_by_the_public_functions() -> None:
     calls = [call for case in CHECKED for call in every_call(*case)] + statistics_calls("head-logits", "plain")
+    calls += [call for case in SPARSE for call in sparse_calls(*case)]
     assert {operator._opname for operator, _ in calls} == OPERATORS
     assert {name.partition("::")[2] for name in registered_operators()} == OPERATORS
 

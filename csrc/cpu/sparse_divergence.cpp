@@ -228,33 +228,33 @@ class SparseRow {
 
   static Tempering<Real> at_temperature_one(Real max) { return Tempering<Real>::at(max, log2_e); }
 
-  // The sum of 2^x over all entries and `rest`, which is relative to 0 as the x are; its logarithm to the base 2.
-  template <class Exponent>
-  double log2_total(double rest, Exponent exponent) const {
-    double max = 0;
-    for (int64_t i = 0; i < count_; ++i) max = max < exponent(i) ? exponent(i) : max;
-    double sum = rest * std::exp2(-max);
-    for (int64_t i = 0; i < count_; ++i) sum += math::exp2(exponent(i) - max);
-    return max + std::log2(sum);
+  // The logarithm to the base 2 of the sum of 2^x over the row, x tempered; `rest` is the sum outside the entries,
+  // relative to the origin of `outside`.
+  double log2_total(const Tempering<Real>& whole, const Tempering<Real>& outside, double rest) const {
+    double sum = rest == 0 ? 0 : rest * std::exp2(outside.distance(outside.origin, whole.origin));
+    for (int64_t i = 0; i < count_; ++i) sum += math::exp2(whole.of(scratch_.logits[i]));
+    return std::log2(sum);
   }
 
-  // From the sums over the rest to the log-probabilities of all outcomes.
+  // From the sums over the rest to the log-probabilities of all outcomes. The origin is now the largest logit of the
+  // row: next to that of the rest, which may be the floor, the others would lose digits.
   void normalise() {
-    const Tempering<Real> temper = student_.tempering;
-    const double* logits = scratch_.logits;
-    log2_total_ = log2_total(student_.sum, [&](int64_t i) { return temper.of(logits[i]); });
-    for (int64_t i = 0; i < count_; ++i) scratch_.log_q[i] = (temper.of(logits[i]) - log2_total_) * log_2;
-    log_q_rest_ = outside_ ? (std::log2(student_.sum) - log2_total_) * log_2 : nothing;
+    double max = static_cast<double>(student_.max);
+    for (int64_t i = 0; i < count_; ++i) max = max < scratch_.logits[i] ? scratch_.logits[i] : max;
+    whole_ = Tempering<Real>::at(static_cast<Real>(max), student_.tempering.scale);
+    log2_total_ = log2_total(whole_, student_.tempering, student_.sum);
+    for (int64_t i = 0; i < count_; ++i) scratch_.log_q[i] = (whole_.of(scratch_.logits[i]) - log2_total_) * log_2;
+    rest_shift_ = student_.tempering.distance(student_.tempering.origin, whole_.origin);
+    log_q_rest_ = outside_ ? (std::log2(student_.sum) + rest_shift_ - log2_total_) * log_2 : nothing;
     if (!label_temperature_differs_) return;
-    const Tempering<Real> untempered = at_temperature_one(student_.max);
-    label_log2_total_ = log2_total(label_sum_, [&](int64_t i) { return untempered.of(logits[i]); });
+    untempered_ = at_temperature_one(static_cast<Real>(max));
+    label_log2_total_ = log2_total(untempered_, at_temperature_one(student_.max), label_sum_);
   }
 
   double cross_entropy() const {
     const double logit = student_.logit(problem_.labels[row_]);
-    const bool apart = label_temperature_differs_;
-    const Tempering<Real> temper = apart ? at_temperature_one(student_.max) : student_.tempering;
-    return ((apart ? label_log2_total_ : log2_total_) - temper.of(logit)) * log_2;
+    return (label_temperature_differs_ ? label_log2_total_ - untempered_.of(logit) : log2_total_ - whole_.of(logit)) *
+           log_2;
   }
 
   // The divergence. Leaves h_s of the entries in place of their values, and what the gradient needs besides.
@@ -299,10 +299,8 @@ class SparseRow {
     if (!outside_ || is(Policy::drop)) return value;
     if (is(Policy::uniform)) {  // forward KL: the tail's entries share a probability
       const double r = math::exp(log_tail_), count = static_cast<double>(outside_);
-      const double mean_log_q =
-          ((static_cast<double>(student_.tempering.scale) * sum_outside_ / count + student_.tempering.of(0)) -
-           log2_total_) *
-          log_2;
+      const double mean_logit = sum_outside_ / count;
+      const double mean_log_q = (whole_.of(mean_logit) - log2_total_) * log_2;
       even_share_ = r / count;
       sum_terms_ -= r;
       return value + r * (log_tail_ - std::log(count) - mean_log_q);
@@ -342,18 +340,10 @@ class SparseRow {
     const bool label_apart = label_temperature_differs_ && label_upstream != 0;
     // What multiplies the probability of any id: of the rest it is 2^x / 2^total, of an entry exp(log_q).
     const double own = (label_apart ? 0 : label_upstream) - upstream * sum_terms_;
-    const double inverse_total = std::exp2(-log2_total_);
-    const double rest = outside_ ? own * inverse_total + upstream * rest_term_ / student_.sum : 0;
+    const double rest =
+        outside_ ? own * std::exp2(rest_shift_ - log2_total_) + upstream * rest_term_ / student_.sum : 0;
     const Real even = static_cast<Real>(-upstream * even_share_);
-    // The larger of the maxima outside and among the entries, for the softmax of the label.
-    Real max = student_.max;
-    for (int64_t i = 0; label_apart && i < count_; ++i)
-      max = static_cast<double>(max) < scratch_.logits[i] ? static_cast<Real>(scratch_.logits[i]) : max;
-    const Tempering<Real> untempered = at_temperature_one(max);
-    const double label_shift =
-        at_temperature_one(student_.max).distance(untempered.origin, at_temperature_one(student_.max).origin);
-    const Real label_scale =
-        static_cast<Real>(label_apart ? label_upstream * std::exp2(label_shift - label_log2_total_) : 0);
+    const Real label_scale = static_cast<Real>(label_apart ? label_upstream * std::exp2(-label_log2_total_) : 0);
     const bool reading = label_apart || student_.masked || student_.softcap != Real(0);
     const bool direct = gradient.direct(reading);
     int64_t next = 0;
@@ -371,7 +361,7 @@ class SparseRow {
             static_cast<Real>(upstream * scratch_.values[next] + own * math::exp(scratch_.log_q[next]));
       if (label_apart) {
         alignas(64) Real softmax[block_size];
-        exp2_block(s, n, untempered, softmax);
+        exp2_block(s, n, untempered_, softmax);
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) out[i] += label_scale * softmax[i];
       }
@@ -392,10 +382,13 @@ class SparseRow {
   int64_t count_ = 0, outside_ = 0;  // ids named and not
   double log_tail_ = nothing;        // the teacher's mass on the rest
   double log_q_rest_ = nothing;      // the student's
-  double log2_total_ = 0;            // of the student's whole row, relative to the origin of the stream
+  Tempering<Real> whole_;            // relative to the largest logit of the whole row
+  Tempering<Real> untempered_;       // the same at temperature 1
+  double log2_total_ = 0;            // of the student's whole row, relative to that
+  double label_log2_total_ = 0;      // the same at temperature 1
+  double rest_shift_ = 0;            // from the origin of the stream to that of the whole row
   double sum_outside_ = 0;           // of the logits of the rest
   double label_sum_ = 0;             // sum exp(s - max) over the rest at temperature 1
-  double label_log2_total_ = 0;      // of the whole row, relative to that max
   double sum_terms_ = 0;             // H_s
   double rest_term_ = 0;             // h_s of the rest as one outcome
   double even_share_ = 0;            // the teacher's probability of each id of the rest, if that is what it is

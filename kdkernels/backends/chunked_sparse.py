@@ -86,6 +86,7 @@ def row_values(
     if not dense:
         values = kernels.sparse_divergence_fused(logits, teacher, spec, grad_divergence, grad_cross_entropy, gradient)
         return values
+    teacher = teacher.unpacked(logits.shape[1], kernels.unpack_records)
     log_probs, silent = dense_rows(teacher, spec, logits.shape[1], compute_dtype(logits, None))
     if silent is not None and grad_divergence is not None:
         grad_divergence = grad_divergence.masked_fill(silent, 0.0)

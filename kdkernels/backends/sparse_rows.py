@@ -7,6 +7,7 @@ Shared by the reference, the Triton backend and the dense path; the CPU kernels 
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -91,8 +92,8 @@ class SparseRows(NamedTuple):
             None if self.records is None else self.records.take(index),
         )
 
-    def unpacked(self, vocab: int) -> SparseRows:
-        """Records as ids, log-probabilities and log tail masses."""
+    def unpacked(self, vocab: int, unpack_records: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> SparseRows:
+        """Records as ids, log-probabilities and log tail masses, by the function of a backend."""
         if self.records is None:
             return self
         located = self.records.located(vocab)
@@ -102,8 +103,6 @@ class SparseRows(NamedTuple):
             sizes = record_sizes(counts, vocab, located.bits)
             starts = (located.offsets - (sizes.cumsum(0) - sizes)).repeat_interleave(sizes)
             data = data[starts + torch.arange(len(starts), device=data.device)]
-        from kdkernels.backends.cpu import unpack_records
-
         width = int(counts.max()) if len(counts) else 0
         ids, log_probs, log_tail = unpack_records(data, counts, vocab, located.bits, width)
         return SparseRows(self.policy, ids, log_probs, log_tail)
@@ -129,8 +128,10 @@ def needs_dense_rows(policy: int, kind: int) -> bool:
 
 
 def entries(teacher: SparseRows, spec: RowSpec, vocab: int, dtype: torch.dtype) -> Entries:
-    """The entries of rows at the teacher's temperature, which counts from the one they are stored at. In float64 inside."""
-    teacher = teacher.unpacked(vocab)
+    """The entries of unpacked rows at the teacher's temperature, which counts from the one they are stored at.
+
+    Computed in float64, and rounded once.
+    """
     assert teacher.ids is not None
     assert teacher.values is not None
     ids = teacher.ids.long()
@@ -182,7 +183,7 @@ def merged(ids: Tensor, weights: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
 
 
 def dense_rows(teacher: SparseRows, spec: RowSpec, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """(log-probabilities ``[N, V]`` with the tail filled in, evenly or with probability 0; the rows that say nothing)."""
+    """Of unpacked rows: log-probabilities ``[N, V]``, the tail filled in (evenly, or with probability 0), and which say nothing."""
     found = entries(teacher, spec, vocab, dtype)
     outside = vocab - (found.ids < vocab).sum(-1)
     silent = None if teacher.policy == Policy.UNIFORM else outside == vocab

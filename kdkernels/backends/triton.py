@@ -15,12 +15,14 @@ from torch import Tensor
 
 from kdkernels import records
 from kdkernels.backends.rows import STATISTICS, RowSpec, compute_dtype
+from kdkernels.backends.sparse_rows import Policy, SparseRows, entries
 
 __all__ = [
     "SAVED_STATISTICS",
     "divergence_backward",
     "divergence_forward",
     "divergence_fused",
+    "sparse_divergence_fused",
     "status",
     "supports",
     "token_statistics",
@@ -42,6 +44,7 @@ class _Kernels(NamedTuple):
     jit_function: type
     divergence: ModuleType
     records: ModuleType
+    sparse_divergence: ModuleType
     token_statistics: ModuleType
     tiling: ModuleType
     interpreted: bool
@@ -51,10 +54,25 @@ class _Kernels(NamedTuple):
 def _kernels() -> _Kernels:
     import triton.language
 
-    from kdkernels.triton_kernels import divergence, online_softmax, records, tiling, token_statistics
+    from kdkernels.triton_kernels import (
+        divergence,
+        online_softmax,
+        records,
+        sparse_divergence,
+        tiling,
+        token_statistics,
+    )
 
-    interpreted = bool(online_softmax.INTERPRETED.value)
-    return _Kernels(triton.language, triton.JITFunction, divergence, records, token_statistics, tiling, interpreted)
+    return _Kernels(
+        triton.language,
+        triton.JITFunction,
+        divergence,
+        records,
+        sparse_divergence,
+        token_statistics,
+        tiling,
+        bool(online_softmax.INTERPRETED.value),
+    )
 
 
 def _is_hip() -> bool:
@@ -238,6 +256,84 @@ def divergence_fused(
     divergence_backward(
         student, teacher, statistics, spec, grad_divergence, grad_cross_entropy, grad_student, grad_teacher
     )
+    return divergence, cross_entropy
+
+
+def sparse_divergence_fused(
+    student: Tensor,
+    teacher: SparseRows,
+    spec: RowSpec,
+    grad_divergence: Tensor | None,
+    grad_cross_entropy: Tensor | None,
+    grad_student: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The values and, where `grad_student` is given, the gradient: two launches."""
+    rows, vocab_size = student.shape
+    kernels = _kernels().sparse_divergence
+    divergence = torch.empty(rows, dtype=compute_dtype(student, None), device=student.device)
+    cross_entropy = divergence.new_empty(0 if spec.labels is None else rows)
+    if not rows:
+        return divergence, cross_entropy
+    found = entries(teacher.unpacked(vocab_size, unpack_records), spec, vocab_size, divergence.dtype)
+    ids = found.ids.masked_fill(found.ids >= vocab_size, kernels.NO_ID.value).int()
+    count = ids.shape[1]
+    statistics = divergence.new_empty(rows, kernels.STATISTICS.value)
+    gathered, terms = torch.empty_like(found.values), torch.empty_like(found.values)
+    entropy = teacher.constants if teacher.policy == Policy.SAMPLED else None
+    launch = _launch(student, grad_student)
+    student_arguments = {
+        "labels": spec.labels,
+        "active": spec.active,
+        "student_temperatures": spec.student_temperatures,
+        "student_temperature": spec.student_temperature,
+        "student_softcap": spec.student_softcap,
+        "HAS_STUDENT_CAP": spec.student_softcap != 0,
+        "COMPUTE": launch.compute,
+        "LANES": launch.lanes,
+        "WIDTH": launch.width,
+        "num_warps": launch.num_warps,
+    }
+    with _on_device_of(student):
+        kernels.sparse_divergence_forward_kernel[(rows,)](
+            student,
+            launch.stride(student),
+            vocab_size,
+            ids,
+            found.values.contiguous(),
+            found.log_tail.contiguous(),
+            None if entropy is None else entropy.to(divergence.dtype),
+            count,
+            divergence,
+            None if spec.labels is None else cross_entropy,
+            statistics,
+            gathered,
+            terms,
+            **student_arguments,
+            a=spec.a,
+            b=spec.b,
+            KIND=spec.kind,
+            POLICY=teacher.policy,
+            FAST_LOG=launch.fast_log,
+            UNROLL=launch.unroll,
+        )
+        if grad_student is not None and grad_divergence is not None:
+            kernels.sparse_divergence_backward_kernel[(rows,)](
+                student,
+                grad_student,
+                launch.stride(student),
+                launch.stride(grad_student),
+                vocab_size,
+                ids,
+                count,
+                statistics,
+                gathered,
+                terms,
+                grad_divergence.contiguous(),
+                None if grad_cross_entropy is None else grad_cross_entropy.contiguous(),
+                **student_arguments,
+                TILE=launch.unroll * launch.lanes * launch.width,
+                REST_TILE=launch.lanes * launch.width,
+            )
     return divergence, cross_entropy
 
 

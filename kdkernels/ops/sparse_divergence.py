@@ -44,8 +44,17 @@ def pack_teacher(teacher: SparseRows) -> Arguments:
 
 
 def unpack_teacher(packed: Arguments) -> SparseRows:
-    data, counts, bits = packed[4:]
-    return SparseRows(*packed[:4], None if data is None else Records(data, counts, bits))
+    policy, ids, values, constants, data, counts, bits = packed
+    return SparseRows(policy, ids, values, constants, None if data is None else Records(data, counts, bits))
+
+
+def student_tensors(student: Side) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    return student.tensor, student.weight, student.bias
+
+
+def must_be_traced(student: Side, teacher: SparseRows) -> bool:
+    packed = (None, None) if teacher.records is None else teacher.records[:2]
+    return traced(*student_tensors(student), teacher.ids, teacher.values, teacher.constants, *packed)
 
 
 def split(arguments: Arguments) -> tuple[Side, SparseRows, Arguments]:
@@ -164,7 +173,7 @@ def backward_rows(ctx: Any, grad_divergence: Tensor | None, grad_cross_entropy: 
 
         upstream = grad_divergence, grad_cross_entropy if has_labels(packed) else None
         given = [factor for factor in upstream if factor is not None]
-        gradients = differentiable_gradients(values, student[:STUDENTS], wanted, given)
+        gradients = differentiable_gradients(values, student_tensors(student), wanted, given)
     else:
         found = sparse_divergence_backward_op(
             *arguments[: SIDE_LENGTH + TEACHER_LENGTH],
@@ -191,7 +200,6 @@ class Rows(torch.autograd.Function):
 def rows(problem: Problem, memory_budget: int | None, backend: str) -> tuple[Tensor, Tensor]:
     """``(divergence [N], cross_entropy [N] or [0])``, differentiable."""
     assert problem.sparse is not None
-    tensors = problem.student[:STUDENTS]
     arguments = (
         *problem.student[:SIDE_LENGTH],
         *pack_teacher(problem.sparse),
@@ -200,7 +208,7 @@ def rows(problem: Problem, memory_budget: int | None, backend: str) -> tuple[Ten
         *pack_spec(problem.spec),
     )
     values: tuple[Tensor, Tensor]
-    if traced(*tensors, *problem.sparse[1:4]):
+    if must_be_traced(problem.student, problem.sparse):
         values = sparse_divergence_op(*arguments)
     elif torch.is_grad_enabled() and problem.student.requires_grad:
         values = Rows.apply(*arguments)  # type: ignore[no-untyped-call]
@@ -328,7 +336,7 @@ def total(problem: Problem, scales: Scales, memory_budget: int | None, backend: 
     """The sum over the rows of scale times value, differentiable."""
     assert problem.sparse is not None
     student, teacher, spec = problem.student, problem.sparse, problem.spec
-    tensors = student[:STUDENTS]
+    tensors = student_tensors(student)
     grad = torch.is_grad_enabled()
     wanted = [grad and tensor is not None and tensor.requires_grad for tensor in tensors]
     divergence_scale, all_scales = scales.per_row(
@@ -336,7 +344,7 @@ def total(problem: Problem, scales: Scales, memory_budget: int | None, backend: 
     )
     cross_entropy_scale = None if spec.labels is None else all_scales
     value: Tensor
-    if traced(*tensors, *teacher[1:4]):
+    if must_be_traced(student, teacher):
         value = sparse_divergence_total_op(
             *student[:SIDE_LENGTH],
             *pack_teacher(teacher),

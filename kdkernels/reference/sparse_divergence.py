@@ -8,6 +8,7 @@ from torch import Tensor
 from kdkernels.backends.rows import RowSpec, compute_dtype, row_temperature
 from kdkernels.backends.sparse_rows import NOTHING, Policy, SparseRows, dense_rows, entries, needs_dense_rows
 from kdkernels.divergences import Kind
+from kdkernels.reference.records import unpack_records
 from kdkernels.reference.rows import blank_inactive, formula, tempered_log_softmax
 
 __all__ = ["divergence"]
@@ -21,6 +22,7 @@ def divergence(student: Tensor, teacher: SparseRows, spec: RowSpec) -> Tensor:
     temperature = row_temperature(spec.student_temperature, spec.student_temperatures)
     log_q = tempered_log_softmax(student, spec.student_softcap, temperature, dtype)
     kind, policy = Kind(spec.kind), teacher.policy
+    teacher = teacher.unpacked(vocab, unpack_records)
     found = entries(teacher, spec, vocab, dtype)
     named = found.ids < vocab
     if policy == Policy.SAMPLED:

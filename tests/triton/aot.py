@@ -19,6 +19,8 @@ ITEMSIZE = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 KERNELS = {
     "divergence_forward": "divergence",
     "divergence_backward": "divergence",
+    "sparse_divergence_forward": "sparse_divergence",
+    "sparse_divergence_backward": "sparse_divergence",
     "token_statistics": "token_statistics",
 }
 VECTORS = {"student", "teacher", "grad_student", "grad_teacher"}
@@ -27,7 +29,14 @@ TWO_SWEEP_KINDS = {3, 4, 5, 6, 7, 9}
 
 # Optional tensors that are not given, by what such a call is called.
 VARIANTS = {
-    "plain": {"student_temperatures", "teacher_temperatures", "labels", "cross_entropy", "grad_cross_entropy"},
+    "plain": {
+        "student_temperatures",
+        "teacher_temperatures",
+        "labels",
+        "cross_entropy",
+        "grad_cross_entropy",
+        "constants",
+    },
     "everything": set(),
 }
 VARIANTS["student_only"] = VARIANTS["plain"] | {"teacher", "grad_teacher"}
@@ -45,16 +54,19 @@ class Case:
     aligned: bool = True
     softcap: bool = False
     maxnreg: int | None = None
+    policy: int = 0
+    """Of a sparse teacher."""
 
     def __str__(self) -> str:
-        kind = f"kind{self.kind}" if self.kernel.startswith("divergence") else ""
-        extras = ["" if self.aligned else "unaligned", "softcap" if self.softcap else ""]
+        kind = f"kind{self.kind}" if self.kernel != "token_statistics" else ""
+        extras = [f"policy{self.policy}" if self.kernel == "sparse_divergence_forward" else ""]
+        extras += ["" if self.aligned else "unaligned", "softcap" if self.softcap else ""]
         return "-".join(filter(None, [self.kernel, kind, self.target, self.dtype, self.variant, *extras]))
 
     @property
     def absent(self) -> set[str]:
         absent = VARIANTS[self.variant]
-        return absent - {"teacher"} if self.kernel.startswith("divergence") else absent
+        return absent if self.kernel == "token_statistics" else absent - {"teacher"}
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,7 @@ def compile_case(case: Case) -> Compiled:
     compute = "fp64" if case.dtype == "fp64" else "fp32"
     constants = {
         "KIND": case.kind,
+        "POLICY": case.policy,
         "FAST_LOG": target.backend == "cuda" and case.dtype != "fp64",
         "HAS_STUDENT_CAP": case.softcap,
         "HAS_TEACHER_CAP": case.softcap,
@@ -98,7 +111,7 @@ def compile_case(case: Case) -> Compiled:
         "TILE": tiling.unroll * tiling.lanes * tiling.width,
         "REST_TILE": tiling.lanes * tiling.width,
     }
-    types = {"labels": "*i64", "argmax": "*i64", "active": "*i1", "vocab_size": "i32"}
+    types = {"labels": "*i64", "argmax": "*i64", "active": "*i1", "vocab_size": "i32", "ids": "*i32", "entries": "i32"}
     signature, constexprs = {}, {}
     for parameter in kernel.params:
         name = parameter.name

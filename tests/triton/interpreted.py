@@ -13,6 +13,7 @@ from triton.runtime import interpreter as triton_interpreter
 
 from kdkernels.backends import triton as backend
 from kdkernels.backends.rows import RowSpec
+from kdkernels.backends.sparse_rows import SparseRows
 from kdkernels.reference import records
 
 UNTOUCHED = 7.0
@@ -69,6 +70,22 @@ def divergence(
     views = [None if each is None else each[:, : student.shape[1]] for each in (to_student, to_teacher)]
     values = backend.divergence_fused(student, teacher, spec, grad_divergence, grad_cross_entropy, *views)
     return *values, to_student, to_teacher
+
+
+def sparse_divergence(
+    student: Tensor,
+    teacher: SparseRows,
+    spec: RowSpec,
+    grad_divergence: Tensor | None,
+    grad_cross_entropy: Tensor | None = None,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(divergence, cross_entropy, gradient)."""
+    gradient = None
+    if grad_divergence is not None:
+        gradient = student if in_place else torch.full_like(student, UNTOUCHED)
+    values = backend.sparse_divergence_fused(student, teacher, spec, grad_divergence, grad_cross_entropy, gradient)
+    return *values, gradient
 
 
 def token_statistics(student: Tensor, teacher: Tensor | None, spec: RowSpec) -> tuple[Tensor, Tensor]:

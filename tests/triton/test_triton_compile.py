@@ -12,6 +12,8 @@ from aot import TARGETS, Case, Compiled
 FORWARD_KL, JSD, SKEW_FORWARD_KL = 0, 3, 4
 KINDS = range(10)
 DIVERGENCE_KERNELS = ("divergence_forward", "divergence_backward")
+SPARSE_KERNELS = ("sparse_divergence_forward", "sparse_divergence_backward")
+POLICIES = range(5)
 
 Compiler = Callable[..., Any]
 
@@ -30,6 +32,16 @@ def routine() -> list[Case]:
         cases += [Case(kernel, "sm_100", "fp32", SKEW_FORWARD_KL, "everything", softcap=True)]
         cases += [Case(kernel, "sm_90", "fp32", JSD, "everything", aligned=False)]
         cases += [Case(kernel, "sm_80", "bf16", FORWARD_KL, "everything")]
+    for target in TARGETS:
+        cases += [Case(kernel, target, "bf16", JSD) for kernel in SPARSE_KERNELS]
+    for kernel in SPARSE_KERNELS:
+        cases += [Case(kernel, "sm_90", "fp32", FORWARD_KL, "everything", softcap=True)]
+        cases += [Case(kernel, "sm_80", "fp64", SKEW_FORWARD_KL)]
+        cases += [Case(kernel, "sm_80", "fp32", SKEW_FORWARD_KL, "everything", aligned=False)]
+    cases += [
+        Case("sparse_divergence_forward", "sm_90", "fp32", kind) for kind in KINDS if kind not in (FORWARD_KL, JSD)
+    ]
+    cases += [Case("sparse_divergence_forward", "sm_100", "bf16", FORWARD_KL, policy=policy) for policy in POLICIES]
     return cases
 
 
@@ -81,10 +93,17 @@ def test_spills_would_be_seen(compiler: Compiler) -> None:
 def test_sizes_and_hyperparameters_never_recompile(kernel: str, compiler: Compiler) -> None:
     strides = ["student_stride", "teacher_stride"]
     numbers = ["student_temperature", "teacher_temperature", "student_softcap", "teacher_softcap"]
-    strides += ["grad_student_stride", "grad_teacher_stride"] if kernel == "divergence_backward" else []
-    numbers += ["a", "b"] if kernel.startswith("divergence") else []
+    strides += ["grad_student_stride", "grad_teacher_stride"] if kernel.endswith("backward") else []
+    numbers += ["a", "b"] if kernel not in ("token_statistics", "sparse_divergence_backward") else []
+    if kernel.startswith("sparse"):
+        strides, numbers = ([name for name in names if "teacher" not in name] for names in (strides, numbers))
     calls = [
-        {"vocab_size": size, **dict.fromkeys(strides, stride), **dict.fromkeys(numbers, number)}
+        {
+            "vocab_size": size,
+            **dict.fromkeys(strides, stride),
+            **dict.fromkeys(numbers, number),
+            **({"entries": size} if kernel.startswith("sparse") else {}),
+        }
         for size, stride, number in [(1, 1, 1.0), (16, 16, 0.5), (151_936, 18_992, 1e-3), (50_257, 2**33 + 1, 0.0)]
     ]
     signatures = compiler(aot.specialisations, kernel, calls)

@@ -1,0 +1,109 @@
+"""Divergences from truncated teachers on the CPU, forward and backward: LM heads beside their GEMMs, and dense logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from reporting import SideBySide, Target
+from torch import Tensor
+
+import kdkernels as kd
+from kdkernels.backends.chunked_head import chunks
+from kdkernels.backends.rows import Side
+
+VOCAB, K, HIDDEN = 151_936, 64, 576
+GEMMS = "its GEMMs, same chunks"
+
+
+def truncated(tokens: int, tail: str = "bucket") -> kd.TopKLogits:
+    """The likeliest ids of random logits, which are made a few at a time."""
+    generator = torch.Generator().manual_seed(1)
+    parts = [
+        torch.randn(min(64, tokens - start), VOCAB, generator=generator).mul_(2).log_softmax(-1).topk(K)
+        for start in range(0, tokens, 64)
+    ]
+    log_probs, ids = (torch.cat(each) for each in zip(*parts, strict=True))
+    return kd.TopKLogits(ids, log_probs, vocab_size=VOCAB, tail=tail)
+
+
+def head_gemms(hidden: Tensor, weight: Tensor) -> Callable[[], object]:
+    """The three matrix products of the head, chunk by chunk, into memory that is there already."""
+    hidden, weight = hidden.detach(), weight.detach()
+    slices = [slice(part.start, min(part.stop, len(hidden))) for part in chunks([Side(hidden, weight)], None)]
+    logits = hidden.new_zeros(max(part.stop - part.start for part in slices), VOCAB)
+    grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+
+    def run() -> object:
+        for index, part in enumerate(slices):
+            made = logits[: part.stop - part.start]
+            torch.mm(hidden[part], weight.t(), out=made)
+            torch.mm(made, weight, out=grad_hidden[part])
+            grad_weight.addmm_(made.t(), hidden[part], beta=0 if index == 0 else 1)
+        return grad_hidden, grad_weight
+
+    return run
+
+
+def test_head(side_by_side: SideBySide) -> None:
+    tokens = 1024
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, HIDDEN, generator=generator).requires_grad_()
+    weight = (torch.randn(VOCAB, HIDDEN, generator=generator) * HIDDEN**-0.5).requires_grad_()
+    teacher = truncated(tokens)
+    packed = kd.pack(teacher)
+
+    def loss(teacher: kd.TopKLogits | kd.PackedLogits) -> Callable[[], object]:
+        student = kd.LMHead(hidden, weight)
+        return lambda: torch.autograd.grad(kd.distillation_loss(student, teacher), [hidden, weight])
+
+    calls = {"kdkernels": loss(teacher), GEMMS: head_gemms(hidden, weight), "kdkernels, packed": loss(packed)}
+    title = f"LM head, truncated teacher: ForwardKL(), {tokens:,} tokens × {VOCAB:,}, hidden {HIDDEN}, k = {K}, float32, cpu"
+    side_by_side.measure(title, calls, rounds=3)
+    side_by_side.ratio("LM head, k = 64: ours in its own GEMMs", "kdkernels", GEMMS, 1.05)
+    side_by_side.ratio("LM head, k = 64, packed: ours in its own GEMMs", "kdkernels, packed", GEMMS, 1.05)
+    longest = next(iter(chunks([Side(hidden, weight)], None))).stop
+    side_by_side.targets.append(
+        Target("LM head, k = 64: temporary logits", longest * VOCAB * 4 / (1 << 20), 128, unit=" MiB")
+    )
+
+
+def eager_bucket(student: Tensor, teacher: kd.TopKLogits) -> Tensor:
+    """What a user writes: the student's tail as a difference from 1."""
+    log_q = student.log_softmax(-1).gather(-1, teacher.ids)
+    p = teacher.log_probs.exp()
+    r, q_r = 1 - p.sum(-1), (1 - log_q.exp().sum(-1)).clamp(min=1e-9)
+    return ((p * (teacher.log_probs - log_q)).sum(-1) + r * (r / q_r).log()).mean()
+
+
+def eager_dense(student: Tensor, teacher: kd.TopKLogits) -> Tensor:
+    """The other way: a dense teacher, filled in."""
+    dense = torch.full_like(student, -torch.inf).scatter_(-1, teacher.ids, teacher.log_probs).softmax(-1)
+    return torch.nn.functional.kl_div(student.log_softmax(-1), dense, reduction="batchmean")
+
+
+def test_logits(side_by_side: SideBySide) -> None:
+    tokens = 256
+    student = torch.randn(tokens, VOCAB, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    dense = torch.randn(tokens, VOCAB, generator=torch.Generator().manual_seed(2))
+    teachers = {tail: truncated(tokens, tail) for tail in ("bucket", "renormalize", "uniform")}
+
+    def call(loss: Callable[[], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(loss(), student)
+
+    calls = {
+        f"kdkernels {tail}": call(lambda given=given: kd.distillation_loss(student, given))
+        for tail, given in teachers.items()
+    }
+    calls["kdkernels bucket, JSD"] = call(lambda: kd.distillation_loss(student, teachers["bucket"], kd.JSD()))
+    calls["kdkernels, dense teacher"] = call(lambda: kd.distillation_loss(student, dense))
+    calls["eager, gathered"] = call(lambda: eager_bucket(student, teachers["bucket"]))
+    calls["eager, filled in"] = call(lambda: eager_dense(student, teachers["renormalize"]))
+    side_by_side.measure(
+        f"logits, truncated teacher: {tokens} tokens × {VOCAB:,}, k = {K}, float32, cpu", calls, rounds=9
+    )
+    side_by_side.ratio("bucket: eager, gathered in ours", "eager, gathered", "kdkernels bucket", 1, at_least=True)
+    side_by_side.ratio(
+        "renormalize: eager, filled in, in ours", "eager, filled in", "kdkernels renormalize", 1, at_least=True
+    )
+    side_by_side.ratio("bucket in our dense forward KL", "kdkernels bucket", "kdkernels, dense teacher", 1)
