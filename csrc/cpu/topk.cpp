@@ -237,7 +237,7 @@ struct Selection {
     // In double precision, relative to the largest and with the exact temperature.
     const double top = static_cast<double>(count ? effective(order[0].first) : rest.max);
     const auto relative = [&](Real logit) { return (static_cast<double>(logit) - top) * rest.inverse_temperature; };
-    const double rounded_away = rest.tempering.of(static_cast<double>(rest.max)) * Stream<Real>::log_2;
+    const double rounded_away = static_cast<double>(rest.tempering(rest.max)) * Stream<Real>::log_2;
     const double log_rest = rest.log_sum() - rounded_away + relative(rest.max);
     double total = std::exp(log_rest);
     for (int64_t i = 0; i < count; ++i) total += std::exp(relative(effective(order[i].first)));
