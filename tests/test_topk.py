@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -608,13 +608,6 @@ SOURCES: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SOURCES)
 def test_opcheck(name: str) -> None:
@@ -650,6 +643,7 @@ def test_compiled(name: str) -> None:
                 torch.manual_seed(0)
                 torch.testing.assert_close(ours, function(source, temperature, other))
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+    torch._dynamo.reset()
 
 
 def test_reference_in_a_transformation() -> None:
