@@ -46,6 +46,21 @@ def ordered_keys(logits, SHIFT: tl.constexpr):
     return tl.where(logits > LOGIT_FLOOR, keys >> SHIFT, 0)
 
 
+@triton.jit
+def count_digits(
+    row, vocab_size, prefix, BELOW: tl.constexpr, COMPUTE: tl.constexpr, SHIFT: tl.constexpr, TILE: tl.constexpr
+):
+    """How often each value of the digit that has BELOW bits after it occurs, among the keys that begin like the prefix."""
+    counts = tl.zeros((DIGITS,), tl.int32)
+    for start in range(0, vocab_size, TILE):
+        logits, _ = load_raw(row, start + tl.arange(0, TILE), vocab_size, COMPUTE)
+        keys = ordered_keys(logits, SHIFT)
+        # In two steps: no shift may be as wide as the key.
+        alike = (keys >> BELOW >> DIGIT_BITS == prefix >> BELOW >> DIGIT_BITS) & (keys != 0)
+        counts += tl.histogram(((keys >> BELOW) & (DIGITS - 1)).to(tl.int32), DIGITS, mask=alike)
+    return counts
+
+
 @triton.jit(do_not_specialize=["stride", "vocab_size", "k"])
 def topk_kernel(
     source,
@@ -81,20 +96,15 @@ def topk_kernel(
     wanted = k
     prefix = ordered_keys(tl.full((), 0.0, COMPUTE), SHIFT) & 0
     for digit in tl.static_range(PASSES):
-        below: tl.constexpr = DIGIT_BITS * (PASSES - 1 - digit)
-        counts = tl.zeros((DIGITS,), tl.int32)
-        for start in range(0, vocab_size, TILE):
-            logits, _ = load_raw(pointer, start + columns, vocab_size, COMPUTE)
-            keys = ordered_keys(logits, SHIFT)
-            # No shift may be as wide as the key.
-            alike = (keys >> below >> DIGIT_BITS == prefix >> below >> DIGIT_BITS) & (keys != 0)
-            counts += tl.histogram(((keys >> below) & (DIGITS - 1)).to(tl.int32), DIGITS, mask=alike)
-        at_least = tl.cumsum(counts, axis=0, reverse=True)
+        counts = count_digits(
+            pointer, vocab_size, prefix, DIGIT_BITS * (PASSES - 1 - digit), COMPUTE, SHIFT, TILE
+        )  # fmt: skip
         if digit == 0:
             wanted = tl.minimum(wanted, tl.sum(counts, axis=0))
+        at_least = tl.cumsum(counts, axis=0, reverse=True)
         found = tl.maximum(tl.sum((at_least >= wanted).to(tl.int32), axis=0) - 1, 0)
         wanted -= tl.sum(tl.where(bins > found, counts, 0), axis=0)
-        prefix |= found.to(prefix.dtype) << below
+        prefix |= found.to(prefix.dtype) << (DIGIT_BITS * (PASSES - 1 - digit))
 
     named_before = 0
     equal_before = 0

@@ -269,6 +269,9 @@ def token_statistics(student: Tensor, teacher: Tensor | None, spec: RowSpec) -> 
 _PICKING_TILE = 1024
 """Logits that a program of the family topk has in hand at once."""
 
+_PICKING_WARPS = 8
+"""Of such a program; with half as many some of its registers spill."""
+
 _KEYS = {torch.float32: (0, 4), torch.bfloat16: (16, 2), torch.float16: (8, 3), torch.float64: (0, 8)}
 """Of integers in the order of the logits: the trailing bits that say nothing, and the digits of 8 bits that are left."""
 
@@ -285,6 +288,7 @@ def _picking_arguments(logits: Tensor, temperature: float, softcap: float) -> di
         "HAS_CAP": softcap != 0,
         "COMPUTE": launch.compute,
         "WIDTH": launch.width,
+        "num_warps": _PICKING_WARPS,
     }
 
 
