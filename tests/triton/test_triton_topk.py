@@ -43,12 +43,11 @@ def assert_close(ours: Tensor, exact: Tensor) -> None:
 @pytest.mark.parametrize(("vocab", "k"), [(1, 1), (127, 5), (127, 127), (1100, 20)])
 @each_dtype
 def test_topk(interpreter: Worker, dtype: torch.dtype, vocab: int, k: int) -> None:
-    logits, softcap = rows(vocab, dtype), 0.0 if k < 20 else 2.0
+    logits, softcap = rows(vocab, dtype), 0.0
     source: Any = logits.double()
-    if softcap:
-        source = kd.LMHead(logits.double().nan_to_num(), torch.eye(vocab, dtype=torch.float64), softcap=softcap)
-        logits = source.hidden.to(dtype)  # the head's matrix product would spread NaN and infinity
-        source = kd.LMHead(logits.double(), source.weight, softcap=softcap)
+    if k == 20:
+        logits, softcap = logits[:3], 2.0  # the matrix product of a head would spread NaN and infinity
+        source = kd.LMHead(logits.double(), torch.eye(vocab, dtype=torch.float64), softcap=softcap)
     ids, log_probs, log_tail_mass = interpreter(backend.topk, logits, k, Tempering(0.7, softcap))
     exact = kd.reference.topk_logits(source, k, temperature=0.7)
     assert exact.log_tail_mass is not None
