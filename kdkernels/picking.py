@@ -40,7 +40,8 @@ def top_k_logits(picking: Picking, rows: tuple[Tensor, Tensor, Tensor], top_p: f
 def cut(ids: Tensor, log_probs: Tensor, log_tail_mass: Tensor, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
     """Keeps the shortest prefix of each row whose probability reaches ``top_p``; the others' goes to the tail."""
     mass = log_probs.double().exp().cumsum(-1)
-    reached = functional.pad(mass[:, :-1], (1, 0)) >= top_p
+    # To rounding: the log-probabilities are.
+    reached = functional.pad(mass[:, :-1], (1, 0)) >= top_p * (1 - 4 * torch.finfo(log_probs.dtype).eps)
     left = log_probs.masked_fill(~reached, -math.inf)
     log_tail_mass = torch.logsumexp(torch.cat([left, log_tail_mass.unsqueeze(-1)], -1), -1)
     return ids.masked_fill(reached, -1), log_probs.masked_fill(reached, -math.inf), log_tail_mass

@@ -34,6 +34,7 @@ def verify(instruction_set: str) -> None:
     import test_hard_inputs as hard
     import test_records as records
     import test_token_statistics as statistics
+    import test_topk as topk
 
     assert native.module is not None
     assert native.module.isa() == instruction_set
@@ -43,6 +44,10 @@ def verify(instruction_set: str) -> None:
                 dense.check_case(case, *random_logits(vocab, dtype), sides=("both", "student"))
         labels = torch.tensor([0, 1, 30, 1099, 1024, 500])
         statistics.check_logits(*random_logits(1100, dtype), labels, "cpu", temperature=1.3)
+        topk.check_draws("cpu", dtype, 1.5, 1100)
+    for order in topk.ORDERS:
+        topk.test_orders("cpu", 64, order)
+    topk.test_softcap("cpu")
     for case in EVERY_DIVERGENCE:
         dense.test_far_from_zero(case, 1.0)
         dense.test_temperature_per_token_and_hard_labels(case, torch.float32)

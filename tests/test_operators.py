@@ -24,10 +24,12 @@ OPERATORS = {
     "linear_divergence",
     "linear_divergence_backward",
     "linear_divergence_total",
+    "sample",
     "sparse_divergence",
     "sparse_divergence_backward",
     "sparse_divergence_total",
     "token_statistics",
+    "topk",
 }
 
 Call = tuple[Any, tuple[Any, ...]]
@@ -183,6 +185,7 @@ def statistics_calls(pairing: str, option: str) -> list[Call]:
 def test_every_operator_is_reached_by_the_public_functions() -> None:
     calls = [call for case in CHECKED for call in every_call(*case)] + statistics_calls("head-logits", "plain")
     calls += [call for case in SPARSE for call in sparse_calls(*case)]
+    calls += recorded(lambda: (kd.topk_logits(torch.zeros(2, 5), 2), kd.sample_logits(torch.zeros(2, 5), 2)))
     assert {operator._opname for operator, _ in calls} == OPERATORS
     assert {name.partition("::")[2] for name in registered_operators()} == OPERATORS
 

@@ -122,11 +122,12 @@ struct Selection {
   }
 
   // More candidates than this are not gathered before they are sorted out.
-  static int64_t limit(int64_t k) { return 2 * k + 512; }
+  static int64_t limit(int64_t k) { return 2 * k + 64; }
   static int64_t room(const TopKProblem& problem) { return std::min(limit(problem.k), problem.vocab) + block_size; }
 
   // A logit as the softmax sees it.
   Real effective(Real logit) const {
+    if (problem.softcap == 0) return logit;
     const Matrix one{&logit, 0, sizeof(Real) == 4 ? DType::float32 : DType::float64};
     return static_cast<Real>(Stream<Real>(one, 0, problem.softcap, problem.temperature).logit(0));
   }
@@ -157,10 +158,11 @@ struct Selection {
 
   // Leaves k of more than k candidates: among equal ones, those of the lowest ids.
   void keep_largest() {
-    // The k-th largest lies between the two. Candidates may equal the threshold, whose zero has two keys.
-    auto low_key = ordered_key(threshold) - 2;                            // exceeded by k at least
-    auto high_key = ordered_key(range_of(candidates.logits, count).max);  // by fewer
-    int64_t split = count;  // up to here an entry need only exceed the lower of these
+    // The k-th largest lies between the two; a zero has two keys.
+    const Range<Real> range = range_of(candidates.logits, count);
+    auto low_key = ordered_key(range.min) - 2;  // exceeded by k at least
+    auto high_key = ordered_key(range.max);     // by fewer
+    int64_t split = count;                      // up to here an entry need only exceed the lower of these
     while (true) {
       const auto middle_key = (low_key & high_key) + ((low_key ^ high_key) >> 1);
       if (middle_key == low_key) {  // the k-th is equal to the next
@@ -235,20 +237,21 @@ struct Selection {
     // In double precision, relative to the largest and with the exact temperature.
     const double top = static_cast<double>(count ? effective(order[0].first) : rest.max);
     const auto relative = [&](Real logit) { return (static_cast<double>(logit) - top) * rest.inverse_temperature; };
-    const double rounded_away = rest.tempering.of(static_cast<double>(rest.max)) * Stream<Real>::log_2;
+    const double rounded_away = static_cast<double>(rest.tempering(rest.max)) * Stream<Real>::log_2;
     const double log_rest = rest.log_sum() - rounded_away + relative(rest.max);
     double total = std::exp(log_rest);
     for (int64_t i = 0; i < count; ++i) total += std::exp(relative(effective(order[i].first)));
     const double log_total = std::log(total);
     const double nan = std::nan("");
     const bool valid = std::isfinite(log_total);
-    for (int64_t i = 0; i < problem.k; ++i) {
-      const bool named = valid && i < count;
-      ids[i] = named ? order[i].second : -1;
-      log_probs[i] = static_cast<Real>(named   ? relative(effective(order[i].first)) - log_total
-                                       : valid ? -std::numeric_limits<double>::infinity()
-                                               : nan);
+    const int64_t named = valid ? count : 0;
+    for (int64_t i = 0; i < named; ++i) {
+      ids[i] = order[i].second;
+      log_probs[i] = static_cast<Real>(relative(effective(order[i].first)) - log_total);
     }
+    std::fill(ids + named, ids + problem.k, -1);
+    std::fill(log_probs + named, log_probs + problem.k,
+              static_cast<Real>(valid ? -std::numeric_limits<double>::infinity() : nan));
     log_tail_mass = static_cast<Real>(valid ? log_rest - log_total : nan);
   }
 };

@@ -1,8 +1,8 @@
 """The families linear_divergence, token_statistics and topk over any row backend.
 
-The tokens are cut into chunks whose logits fit a memory budget. Per chunk of linear_divergence: one GEMM per head makes the logits, the row kernel turns them into their gradient in place, two GEMMs carry it
-to the hidden states and the weight. Nothing of size tokens x vocabulary exists. The weight gradient is accumulated in
-float32 across chunks.
+The tokens are cut into chunks whose logits fit a memory budget. In linear_divergence, per chunk, one GEMM per head makes the
+logits, the row kernel turns them into their gradient in place, two GEMMs carry it to the hidden states and the weight.
+Nothing of size tokens x vocabulary exists. The weight gradient is accumulated in float32 across chunks.
 """
 
 from __future__ import annotations

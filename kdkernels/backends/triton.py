@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import records
-from kdkernels.backends.rows import STATISTICS, RowSpec, compute_dtype
+from kdkernels.backends.rows import STATISTICS, RowSpec, Tempering, compute_dtype
 from kdkernels.backends.sparse_rows import Policy, SparseRows, entries
 
 __all__ = [
@@ -22,10 +23,12 @@ __all__ = [
     "divergence_backward",
     "divergence_forward",
     "divergence_fused",
+    "sample",
     "sparse_divergence_fused",
     "status",
     "supports",
     "token_statistics",
+    "topk",
     "unpack_records",
 ]
 
@@ -46,6 +49,7 @@ class _Kernels(NamedTuple):
     records: ModuleType
     sparse_divergence: ModuleType
     token_statistics: ModuleType
+    topk: ModuleType
     tiling: ModuleType
     interpreted: bool
 
@@ -61,6 +65,7 @@ def _kernels() -> _Kernels:
         sparse_divergence,
         tiling,
         token_statistics,
+        topk,
     )
 
     return _Kernels(
@@ -70,6 +75,7 @@ def _kernels() -> _Kernels:
         records,
         sparse_divergence,
         token_statistics,
+        topk,
         tiling,
         bool(online_softmax.INTERPRETED.value),
     )
@@ -392,3 +398,119 @@ def unpack_records(data: Tensor, counts: Tensor, vocab: int, bits: int, width: i
         if not bool(well_formed.all()):
             records.refuse_record(int((well_formed == 0).nonzero()[0, 0]))
     return ids.long(), log_probs, log_tail_mass
+
+
+_PICKING_TILE = 1024
+"""Logits that a program of the family topk has in hand at once."""
+
+_PICKING_WARPS = 8
+"""Of such a program; with half as many some of its registers spill."""
+
+_KEYS = {torch.float32: (0, 4), torch.bfloat16: (16, 2), torch.float16: (8, 3), torch.float64: (0, 8)}
+"""Of integers in the order of the logits: the trailing bits that say nothing, and the digits of 8 bits that are left."""
+
+
+def _picking_arguments(logits: Tensor, temperature: float, softcap: float) -> dict[str, Any]:
+    """The arguments that the kernels of the family topk share."""
+    launch = _launch(logits)
+    return {
+        "source": logits,
+        "stride": launch.stride(logits),
+        "vocab_size": logits.shape[1],
+        "temperature": temperature,
+        "softcap": softcap,
+        "HAS_CAP": softcap != 0,
+        "COMPUTE": launch.compute,
+        "WIDTH": launch.width,
+        "num_warps": _PICKING_WARPS,
+    }
+
+
+def topk(logits: Tensor, k: int, tempering: Tempering) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids [N, k], log_probs [N, k], log_tail_mass [N]). The kernel finds the ids; their order is made here."""
+    rows = logits.shape[0]
+    found = torch.full((rows, k), -math.inf, dtype=compute_dtype(logits, None), device=logits.device)
+    ids = torch.full((rows, k), -1, dtype=torch.int64, device=logits.device)
+    rest = found.new_empty(rows, 2)
+    shift, passes = _KEYS[logits.dtype]
+    if rows:
+        with _on_device_of(logits):
+            _kernels().topk.topk_kernel[(rows,)](
+                k=k,
+                logits_out=found,
+                ids_out=ids,
+                rest_out=rest,
+                SHIFT=shift,
+                PASSES=passes,
+                TILE=_PICKING_TILE,
+                **_picking_arguments(logits, tempering.temperature, tempering.softcap),
+            )
+    found += 0.0  # -0 sorts as 0
+    found, order = torch.sort(found, dim=-1, descending=True, stable=True)
+    ids = ids.gather(-1, order)
+    if tempering.softcap:
+        found = (tempering.softcap * torch.tanh(found / tempering.softcap)).masked_fill(ids < 0, -math.inf)
+    maximum, total = rest.unbind(-1)
+    top = torch.maximum(found[:, 0], maximum)
+    relative = torch.cat([found, maximum.unsqueeze(-1)], -1).sub_(top.unsqueeze(-1)).div_(tempering.temperature)
+    relative[:, -1] += total.log()
+    log_p = relative - torch.logsumexp(relative, -1, keepdim=True)
+    valid = ~log_p.isnan().any(-1)
+    log_p = log_p.where(valid.unsqueeze(-1), math.nan)
+    return ids.where(valid.unsqueeze(-1), -1), log_p[:, :-1].contiguous(), log_p[:, -1].contiguous()
+
+
+def sample(logits: Tensor, uniforms: Tensor, tempering: Tempering) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids [N, n], weights [N, n], entropy [N]): first the block of each draw is found, then the id in it."""
+    rows, draws = uniforms.shape
+    dtype = compute_dtype(logits, None)
+    spec = RowSpec(0, 0.0, 0.0, student_temperature=tempering.temperature, student_softcap=tempering.softcap)
+    statistics, _ = token_statistics(logits, None, spec)
+    maxima = statistics[:, STATISTICS.index("max_student")].contiguous()
+    entropy = statistics[:, STATISTICS.index("entropy_student")]
+    cumulative = _block_sums(logits, maxima, tempering.proposal_temperature, tempering.softcap).cumsum(-1)
+    total = cumulative[:, -1:].contiguous()
+    empty, valid = total.squeeze(-1) == 0, total.squeeze(-1) > 0  # neither where it is NaN
+    targets = uniforms * total
+    blocks = torch.searchsorted(cumulative, targets, right=True)
+    # The last block that anything can be drawn from; by rounding a target may lie past it.
+    blocks = torch.minimum(blocks, torch.searchsorted(cumulative, total).clamp(max=cumulative.shape[1] - 1))
+    upto = cumulative.gather(-1, blocks)
+    before = torch.cat([torch.zeros_like(total), cumulative], -1).gather(-1, blocks)
+    ids = torch.empty(rows, draws, dtype=torch.int64, device=logits.device)
+    drawn = torch.empty(rows, draws, dtype=dtype, device=logits.device)
+    if rows:
+        with _on_device_of(logits):
+            _kernels().topk.draw_kernel[(rows, draws)](
+                blocks=blocks,
+                fractions=(targets - before) / (upto - before),
+                ids=ids,
+                logits_out=drawn,
+                BLOCK=_PICKING_TILE,
+                **_picking_arguments(logits, tempering.proposal_temperature, tempering.softcap),
+            )
+    weights = torch.full_like(drawn, 1 / draws)
+    if tempering.proposal_temperature != tempering.temperature:
+        plain = _block_sums(logits, maxima, tempering.temperature, tempering.softcap).sum(-1, keepdim=True)
+        factor = 1 / tempering.temperature - 1 / tempering.proposal_temperature
+        log_ratio = (drawn.double() - maxima.unsqueeze(-1)) * factor + (total / plain).log()
+        weights = (log_ratio.exp() / draws).to(dtype)
+    nothing = torch.where(empty, 0.0, math.nan).to(dtype)
+    return (
+        ids.where(valid.unsqueeze(-1), -1),
+        weights.where(valid.unsqueeze(-1), nothing.unsqueeze(-1)),
+        entropy.where(valid, nothing),
+    )
+
+
+def _block_sums(logits: Tensor, maxima: Tensor, temperature: float, softcap: float) -> Tensor:
+    """Of the exponentials in each block of a row, relative to its maximum, float64 [N, blocks]."""
+    rows, vocab_size = logits.shape
+    blocks = -(-vocab_size // _PICKING_TILE)
+    sums = torch.empty(rows, blocks, dtype=torch.float64, device=logits.device)
+    if rows:
+        with _on_device_of(logits):
+            _kernels().topk.block_sums_kernel[(rows, blocks)](
+                maxima=maxima, sums=sums, BLOCK=_PICKING_TILE, **_picking_arguments(logits, temperature, softcap)
+            )
+    return sums

@@ -65,6 +65,11 @@ class Case:
     logit_scale: float | None = None
     many_chunks: bool = False
 
+    @property
+    def pickable(self) -> bool:
+        """Whether the functions that pick ids, which know only one source and one temperature, have such a case."""
+        return not (self.per_token or self.masked_rows or self.labels or self.teacher_dtype)
+
     def logits(self, dtype: torch.dtype, device: str) -> Inputs:
         """Both sides are logits, the teacher's of ``teacher_dtype`` if there is one."""
         random = Random(self, device)

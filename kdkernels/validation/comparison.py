@@ -36,6 +36,9 @@ HEAD_TOLERANCE = 4
 KERNELS = tuple(name for name in NAMES if name != "reference")
 """The backends that have kernels."""
 
+TOP = 16
+"""Ids per token that are picked."""
+
 SMALL_ROW = 0.1
 """Rows smaller than this part of the largest one are measured by that; a truth that vanishes altogether, by 1."""
 
@@ -105,6 +108,8 @@ def make_plan(
         ]:  # the first and the last: the row kernels are the same
             plan += [Target("linear_divergence", divergence, name, dtype, heads) for dtype in dtypes]
         plan += [Target("token_statistics", None, name, dtype, logits) for dtype in dtypes]
+        pickable = tuple(case for case in logits if case.pickable)
+        plan += [Target("topk_logits", None, name, dtype, pickable) for dtype in dtypes]
     return plan
 
 
@@ -147,6 +152,8 @@ def as_double(inputs: Inputs) -> Inputs:
 
 def answers(library: Any, inputs: Inputs, target: Target, arguments: dict[str, Any]) -> Answers:
     """What kdkernels or its reference computes."""
+    if target.operation == "topk_logits":
+        return topk_answers(library, inputs, arguments)
     if target.divergence is None:
         return statistics_answers(library, inputs, arguments)
     return loss_answers(library, inputs, target.divergence, arguments)
@@ -188,6 +195,16 @@ def statistics_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) 
     found = {name: values for name, values in both.items() if values is not None}
     found |= {f"{name}, without teacher": values for name, values in alone.items() if values is not None}
     return {name: values.flatten() for name, values in found.items()}
+
+
+def topk_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) -> Answers:
+    """The ids, what is said of them, and the tail; what is -inf, because nothing is there, as 0."""
+    logits = inputs.leaves["student"]
+    options = {name: inputs.options[name] for name in ("temperature", "vocab_size") if name in inputs.options}
+    k = min(TOP, options.get("vocab_size", logits.shape[-1]))
+    found = library.topk_logits(logits, k, **options, **arguments)
+    answers = {"ids": found.ids, "log_probs": found.log_probs, "log_tail_mass": found.log_tail_mass}
+    return {name: values.masked_fill(values.isneginf(), 0).flatten() for name, values in answers.items()}
 
 
 def error_of(answer: Tensor, truth: Tensor, term_size: float) -> float:
