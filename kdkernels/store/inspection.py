@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kdkernels.sources import TopKLogits
 from kdkernels.store import manifest
 from kdkernels.store.description import Description
 from kdkernels.store.errors import StoreError
@@ -18,6 +19,9 @@ from kdkernels.store.files import files_at
 from kdkernels.store.reader import StoreDataset, listed_shards, load_manifest, load_shard, open_store
 
 __all__ = ["Summary", "Verification", "summary", "verify"]
+
+BATCH_TOKENS, BATCH_ENTRIES = 1 << 13, 1 << 24
+"""Read and decoded at once."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -62,11 +66,7 @@ def verify(
             shard = load_shard(files, file, found.description, entry)
             sound.append(shard)
             alone = StoreDataset(files, found.description, [shard], packed=False)
-            for position in range(len(alone)):
-                try:
-                    check_item(shard.where, alone[position])
-                except ValueError as error:
-                    result.problems.append(str(error))
+            result.problems += problems_of(alone)
             result.sequences += len(alone)
             result.tokens += alone.num_tokens
             result.bytes += shard.bytes
@@ -82,16 +82,42 @@ def verify(
     return result
 
 
-def check_item(where: str, item: dict[str, Any]) -> None:
-    """That the rows of a sequence are distributions. Ids and counts were checked when they were read."""
-    topk = item["topk"]
+def problems_of(ds: StoreDataset) -> Iterator[str]:
+    """What is wrong with the sequences of one shard: many are read at once, and one by one where something is."""
+    ends = ds.token_ends
+    first = 0
+    while first < len(ds):
+        start = int(ends[first - 1]) if first else 0
+        last = max(first + 1, int(torch.searchsorted(ends, start + BATCH_TOKENS)))
+        if problem_of(ds, first, last) is not None:
+            problems = (problem_of(ds, place, place + 1) for place in range(first, last))
+            yield from (problem for problem in problems if problem is not None)
+        first = last
+
+
+def problem_of(ds: StoreDataset, first: int, last: int) -> str | None:
+    """What is wrong with some sequences, in words that hold if it is one."""
+    name = f"{ds.shards[0].where}: sequence {int(ds.sequence_ids[first])}: records"
+    tokens = max(1, min(BATCH_TOKENS, BATCH_ENTRIES // max(1, ds.k)))
+    try:
+        for number, chunk in enumerate(ds.chunks(first, last, tokens)):
+            wrong = no_distribution(chunk)
+            if wrong is not None:
+                return f"{name}: token {number * tokens + wrong} is no distribution"
+    except StoreError as error:
+        return str(error)
+    except ValueError as error:
+        return f"{name} are malformed: {error}"
+    return None
+
+
+def no_distribution(topk: TopKLogits) -> int | None:
+    """The first row whose probabilities do not make one. Ids and counts were checked when they were read."""
+    assert topk.log_tail_mass is not None
     mass = topk.log_probs.exp().sum(-1) + topk.log_tail_mass.exp()
-    wrong = (mass - 1).abs() > 1e-2
-    # Not `> 0`: that lets NaN pass.
-    wrong |= ~(topk.log_probs <= 0).all(-1) | ~(topk.log_tail_mass <= 0) | mass.isnan()
-    if bool(wrong.any()):
-        token = int(wrong.nonzero()[0, 0])
-        raise StoreError(where, f"sequence {item['sequence_id']}: records: token {token} is no distribution")
+    # Not the opposite comparisons: those let NaN pass.
+    sound = ((mass - 1).abs() <= 1e-2) & (topk.log_probs <= 0).all(-1) & (topk.log_tail_mass <= 0)
+    return None if bool(sound.all()) else int((~sound).nonzero()[0, 0])
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -165,6 +165,11 @@ class StoreDataset(Dataset[Item]):
         return max((shard.width for shard in self.shards), default=0)
 
     @property
+    def token_ends(self) -> Tensor:
+        """int64 ``[len(ds)]``: where each sequence ends in the numbering of ``tokens``."""
+        return torch.from_numpy(self._token_ends.copy())
+
+    @property
     def sequence_ids(self) -> Tensor:
         """int64 ``[len(ds)]``."""
         return torch.from_numpy(self._ids.copy())
@@ -197,14 +202,34 @@ class StoreDataset(Dataset[Item]):
         found = []
         for place, sequence in zip(places, self._load(places), strict=True):
             offset = int(self._token_ends[place - 1]) if place else 0
-            found.append(self._unpack(place, self._cut(sequence, max(0, first - offset), last - offset)))
-        if not found:
-            empty = StoredTokens(np.empty(0, np.uint8), np.empty(0, np.int32), None)
-            found = [self._unpack(0, empty)]
-        ids, log_probs, log_tail_mass = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return self._topk(ids, log_probs, log_tail_mass)
+            found.append(self._cut(sequence, max(0, first - offset), last - offset))
+        data = concatenated([sequence.data for sequence in found], np.uint8)
+        counts = concatenated([sequence.counts for sequence in found], np.int32)
+        try:
+            return self._topk(*self._unpack(StoredTokens(data, counts, None), self.k))
+        except ValueError:
+            for place, sequence in zip(places, found, strict=True):  # which of them?
+                self._unpack_sequence(place, sequence)
+            raise
+
+    def chunks(self, start: int, stop: int, tokens: int) -> Iterator[TopKLogits]:
+        """The sequences ``start`` to ``stop``, read at once, one after another and cut into pieces of so many tokens.
+
+        The last dimension of a piece is the most entries that one of its tokens has.
+        """
+        found = self._load(range(start, stop))
+        data = concatenated([sequence.data for sequence in found], np.uint8)
+        counts = concatenated([sequence.counts for sequence in found], np.int32)
+        sizes = records.record_sizes(torch.from_numpy(counts), self.vocab_size, self.description.bits).numpy()
+        record_ends = np.concatenate([[0], np.cumsum(sizes)])
+        for begin in range(0, counts.size, tokens):
+            end = min(begin + tokens, counts.size)
+            piece = StoredTokens(data[record_ends[begin] : record_ends[end]], counts[begin:end], None)
+            yield self._topk(*self._unpack(piece, int(piece.counts.max())))
 
     def _cut(self, sequence: StoredTokens, start: int, stop: int) -> StoredTokens:
+        if start == 0 and stop >= sequence.counts.size:
+            return sequence
         sizes = records.record_sizes(torch.from_numpy(sequence.counts), self.vocab_size, self.description.bits).numpy()
         skipped = int(sizes[:start].sum())
         data = sequence.data[skipped : skipped + int(sizes[start:stop].sum())]
@@ -235,7 +260,7 @@ class StoreDataset(Dataset[Item]):
         item: Item = {"sequence_id": int(self._ids[place])}
         if self._packed:
             return item | {"packed": self._as_packed(found), "input_ids": input_ids}
-        return item | {"topk": self._topk(*self._unpack(place, found)), "input_ids": input_ids}
+        return item | {"topk": self._topk(*self._unpack_sequence(place, found)), "input_ids": input_ids}
 
     def _as_packed(self, found: StoredTokens) -> PackedLogits:
         return PackedLogits(
@@ -247,15 +272,19 @@ class StoreDataset(Dataset[Item]):
             temperature=self.description.temperature,
         )
 
-    def _unpack(self, place: int, found: StoredTokens) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, log-probabilities and log tail mass of tokens of the sequence at ``place``."""
+    def _unpack(self, found: StoredTokens, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, log-probabilities and log tail mass of tokens; ValueError if their records are malformed."""
+        data, counts = torch.from_numpy(found.data), torch.from_numpy(found.counts)
+        return records.unpack(data, counts, self.vocab_size, self.description.bits, width)
+
+    def _unpack_sequence(self, place: int, found: StoredTokens) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of one sequence, which an error names."""
         if found.counts.size * self.k > LARGEST_SEQUENCE:
             raise ValueError(
                 f"{found.counts.size} tokens of {self.k} entries are too many to unpack at once; ds.packed gives the records"
             )
-        data, counts = torch.from_numpy(found.data), torch.from_numpy(found.counts)
         try:
-            return records.unpack(data, counts, self.vocab_size, self.description.bits, self.k)
+            return self._unpack(found, self.k)
         except ValueError as error:
             shard, row, _ = self._shard_of(place)
             raise shard.damaged(row, f"records are malformed: {error}") from None

@@ -145,7 +145,7 @@ class Shard:
             counts = stored_counts.view(self.counts.dtype).astype(np.int32)
             if counts.size and int(counts.max()) > self.width:
                 raise self.damaged(row, f"counts name {int(counts.max())} entries, and k is {self.width}")
-        if record_bytes(counts, description) != data.size:
+        if self.counts is not None and record_bytes(counts, description) != data.size:
             raise self.damaged(
                 row, f"counts ask for {record_bytes(counts, description)} bytes of records, not {data.size}"
             )

@@ -487,6 +487,9 @@ def test_a_rectangle_too_large_is_not_allocated(tmp_path: Path) -> None:
     assert ds.packed(1).counts.shape == (1_000_000,)
     with pytest.raises(ValueError, match="too many to unpack at once"):
         ds[1]
+    report = kd.store.verify(tmp_path)  # piece by piece
+    assert report.ok
+    assert report.tokens == 1_000_001
 
 
 def torch_range(n: int) -> Any:
