@@ -16,8 +16,9 @@
 // a parabola from 0 to R with its finest steps at the top for a > 0. Of bfloat16 records d is a
 // bfloat16. The largest entry has the code 0. Decoding divides by the sum: p = h exp(-d) / sum exp(-d).
 //
-// Everything a code depends on is computed in integers or by single operations of float, so that a
-// record has the same bytes on every machine, whether or not its compiler contracts a * b + c.
+// Codes of values are computed in integers and by single operations of float, so that they are the
+// same on every machine, whether or not its compiler contracts a * b + c; the code of the head mass
+// rounds a number in double, whose last bits differ between machines, to 1/1024.
 #pragma once
 
 #include <cmath>

@@ -74,6 +74,24 @@ def test_hostile_records(bits: int, interpreter: Runner) -> None:
     assert taken > 3
 
 
+def test_every_set_of_two_ids_of_four(interpreter: Runner) -> None:
+    """The last byte holds two low bits, three high bits and padding: all it can say, and some padding that is not zero."""
+    counts = torch.tensor([2], dtype=torch.int32)
+    taken = 0
+    for last in range(40):
+        data = torch.tensor([255, 127, 16, 0, 0, 255, last], dtype=torch.uint8)
+        found, wanted = (
+            interpreter(function, data, counts, 4, 8, 2)
+            for function in (interpreted.unpack_records, interpreted.unpack_by_definition)
+        )
+        if isinstance(wanted, str):
+            assert found == wanted
+        else:
+            check_same(found, wanted)
+            taken += 1
+    assert taken == 6
+
+
 @each_codec
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_compiles_without_spills(target: str, bits: int, compiler: Runner) -> None:
