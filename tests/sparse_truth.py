@@ -20,9 +20,11 @@ FLOOR = -1e5
 def outcomes_value(case: Case, log_p: Tensor, log_q: Tensor) -> Tensor:
     """The divergence of some outcomes, which need not have all the mass."""
     if isinstance(case.divergence, kd.AlphaDivergence | kd.Hellinger):
-        a = 0.5 if isinstance(case.divergence, kd.Hellinger) else case.divergence.alpha
+        hellinger = isinstance(case.divergence, kd.Hellinger)
+        a = 0.5 if hellinger else case.divergence.alpha
+        factor = 1.0 if hellinger else 1 / (a * (1 - a))
         cross = (a * log_p + (1 - a) * log_q).exp()
-        return case.factor * (a * log_p.exp() + (1 - a) * log_q.exp() - cross).sum(-1)
+        return factor * (a * log_p.exp() + (1 - a) * log_q.exp() - cross).sum(-1)
     return case.formula(log_p, log_q)
 
 

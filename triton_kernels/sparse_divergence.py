@@ -133,7 +133,7 @@ def accumulate(
         hard = tl.exp2((logits - maximum[None, :, None]) * LOG2_E)
         hard_total = hard_total * tl.exp2((old - maximum) * LOG2_E) + lane_sum(hard)
     if EVEN:
-        left = logits != NOTHING
+        left = logits >= LOGIT_FLOOR
         gaps += count * (old - maximum) + lane_sum(tl.where(left, logits - maximum[None, :, None], 0.0))
         count += lane_sum(left.to(COMPUTE))
     return maximum, total, hard_total, gaps, count, place, entry
