@@ -362,12 +362,12 @@ def test_wrong_options_are_refused(
 
 
 def test_gguf_files_are_found(tmp_path: Path) -> None:
-    with pytest.raises(CachingError, match="neither a config.json nor a .gguf file"):
+    with pytest.raises(CachingError, match=r"neither a config\.json nor a \.gguf file"):
         find_weights(tmp_path, None)
     (tmp_path / "a.gguf").touch()
     assert find_weights(tmp_path, None) == "a.gguf"
     (tmp_path / "b.gguf").touch()
-    with pytest.raises(CachingError, match="choose with --gguf-file: a.gguf, b.gguf"):
+    with pytest.raises(CachingError, match=r"choose with --gguf-file: a\.gguf, b\.gguf"):
         find_weights(tmp_path, None)
     assert find_weights(tmp_path, "b.gguf") == "b.gguf"
     (tmp_path / "config.json").touch()

@@ -83,8 +83,8 @@ def verify_files(store: str) -> list[str]:
         found = kd.store.verify(store, progress=lambda _, done, total: bar.update(task, completed=done, total=total))
     if found.ok:
         typer.echo(
-            f"{store} is sound: {counted(found.shards, 'shard')} with {counted(found.sequences, 'sequence')}, {found.tokens:,} tokens, "
-            f"{format_bytes(found.bytes)}"
+            f"{store} is sound: {counted(found.shards, 'shard')} with {counted(found.sequences, 'sequence')}, "
+            f"{found.tokens:,} tokens, {format_bytes(found.bytes)}"
         )
     return found.problems
 
