@@ -25,7 +25,7 @@ import kdkernels as kd
 from kdkernels.caching import job, text
 from kdkernels.caching.errors import CachingError
 from kdkernels.caching.recomputation import compare
-from kdkernels.caching.teacher import Teacher, load_teacher
+from kdkernels.caching.teacher import Teacher, find_weights, load_teacher
 from kdkernels.cli import app
 from kdkernels.cli import cache as cache_command
 
@@ -359,6 +359,19 @@ def test_wrong_options_are_refused(
     assert result.exit_code == 2
     assert complaint in result.output
     assert not (tmp_path / "store").exists()
+
+
+def test_gguf_files_are_found(tmp_path: Path) -> None:
+    with pytest.raises(CachingError, match=r"neither a config\.json nor a \.gguf file"):
+        find_weights(tmp_path, None)
+    (tmp_path / "a.gguf").touch()
+    assert find_weights(tmp_path, None) == "a.gguf"
+    (tmp_path / "b.gguf").touch()
+    with pytest.raises(CachingError, match=r"choose with --gguf-file: a\.gguf, b\.gguf"):
+        find_weights(tmp_path, None)
+    assert find_weights(tmp_path, "b.gguf") == "b.gguf"
+    (tmp_path / "config.json").touch()
+    assert find_weights(tmp_path, None) is None
 
 
 def test_without_transformers(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

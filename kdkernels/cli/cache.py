@@ -124,19 +124,18 @@ def cache_files(
         CachingError, StoreError, OSError: as ``caching.job.cache``.
         KeyboardInterrupt: once what was reached is stored.
     """
-    share = Share.of_environment()
-    text = tokenised(files, teacher.tokenizer, sequence_length, separator, limit)
-    state = State()
+    share, state = Share.of_environment(), State()
     try:
+        text = tokenised(files, teacher.tokenizer, sequence_length, separator, limit)
         with Watch(share) as watch:
-            state = watch.state
             cache(teacher, text, out, settings, share, state, watch.show)
     except KeyboardInterrupt:
-        typer.echo(
-            f"Interrupted: {state.sequences:,} of {state.total:,} sequences are stored in {out}. The same command goes on "
-            f"from there.",
-            err=True,
+        reached = (
+            f"{state.sequences:,} of {state.total:,} sequences are stored in {out}"
+            if state.total
+            else "nothing is lost"
         )
+        typer.echo(f"Interrupted: {reached}. The same command goes on from there.", err=True)
         raise
     tell_finished(out, state, share)
 
@@ -189,7 +188,6 @@ class Watch:
     """Shows how far this process is: a bar on a terminal, for the first of several processes; else a line now and then."""
 
     def __init__(self, share: Share) -> None:
-        self.state = State()
         self._share = share
         self._start = time.monotonic()
         self._told = self._start

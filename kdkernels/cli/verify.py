@@ -57,11 +57,9 @@ def run_verify(
                     teacher, gguf_file=gguf_file, device=place, dtype=None if dtype is None else dtype.torch
                 )
             ds = kd.store.open(store)
-            if ds.description.teacher not in (None, model.fingerprint()):
-                typer.echo(
-                    f"the store names another teacher: {ds.description.teacher}; this one is {model.fingerprint()}",
-                    err=True,
-                )
+            named = ds.description.teacher
+            if named is not None and not named.endswith(model.fingerprint()):
+                typer.echo(f"the store names another teacher: {named}; this one is {model.describe()}", err=True)
             with progress(counted=True) as bar:
                 places = spread(len(ds), sample)
                 deviations = [
@@ -85,8 +83,8 @@ def verify_files(store: str) -> list[str]:
         found = kd.store.verify(store, progress=lambda _, done, total: bar.update(task, completed=done, total=total))
     if found.ok:
         typer.echo(
-            f"{store} is sound: {counted(found.shards, 'shard')} with {counted(found.sequences, 'sequence')}, {found.tokens:,} tokens, "
-            f"{format_bytes(found.bytes)}"
+            f"{store} is sound: {counted(found.shards, 'shard')} with {counted(found.sequences, 'sequence')}, "
+            f"{found.tokens:,} tokens, {format_bytes(found.bytes)}"
         )
     return found.problems
 
