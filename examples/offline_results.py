@@ -13,6 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 COLOURS = {"offline": "tab:blue", "online": "tab:orange"}
+OUTCOMES = {
+    "offline": "over the stored tokens and the rest",
+    "online": "over the vocabulary",
+}  # the first is never more
 LINES = {"offline": "-", "online": "--"}  # where the curves lie on one another, both are seen
 
 
@@ -117,21 +121,24 @@ def store_table(results: OfflineResults) -> Table:
 
 def training_table(results: OfflineResults) -> Table:
     offline, online = (results.training[form] for form in ("offline", "online"))
-    title = f"The same student trained twice, {results.pairs} steps of {results.config['tokens']:,} tokens"
+    title = (
+        f"The same student, {results.pairs} steps of {results.config['tokens']:,} tokens: offline from the store, online "
+        f"from the teacher (KL in nats per token)"
+    )
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    for heading in ("offline, from the store", "online, with the teacher", "offline / online"):
+    for heading in ("offline", "online", "offline / online"):
         table.add_column(heading, justify="right")
     before, after = ([run.held_out[place][1] for run in (offline, online)] for place in (0, -1))
-    table.add_row("held-out KL before, nats per token", *(f"{quality.kl:.4f}" for quality in before))
+    table.add_row("held-out KL before", *(f"{quality.kl:.4f}" for quality in before))
     ratio = f"{after[0].kl / after[1].kl:.3f}"
     table.add_row("held-out KL after", *(f"{quality.kl:.4f}" for quality in after), ratio)
     teacher = f"teacher: {results.teacher_perplexity:,.1f}"
-    table.add_row("held-out perplexity after", *(f"{quality.perplexity:,.1f}" for quality in after), teacher)
+    table.add_row("perplexity after", *(f"{quality.perplexity:,.1f}" for quality in after), teacher)
     times = [statistics.median(run.step_seconds) for run in (offline, online)]
-    table.add_row("time of a step", *(f"{time * 1e3:,.0f} ms" for time in times), f"{results.step_ratio:.2f}")
+    table.add_row("step, median", *(f"{time * 1e3:,.0f} ms" for time in times), f"{results.step_ratio:.2f}")
     if all(run.peak_bytes for run in (offline, online)):
         peaks = offline.peak_bytes, online.peak_bytes
         cells = (f"{peak / MEBIBYTE:,.0f} MiB" for peak in peaks)
-        table.add_row("peak memory of the process", *cells, f"{peaks[0] / peaks[1]:.2f}")
+        table.add_row("peak memory", *cells, f"{peaks[0] / peaks[1]:.2f}")
     return table
