@@ -81,8 +81,8 @@ def main(
     k: Annotated[int, typer.Option(min=1, help="Entries kept per token.")] = 64,
     top_p: Annotated[float | None, typer.Option(help="Keep fewer, once their probability reaches this.")] = None,
     codec: Annotated[Codec, typer.Option(help="How log-probabilities are stored.")] = Codec.Q6,
-    store_tokens: Annotated[int, typer.Option(min=2, help="Training tokens the teacher reads, at most.")] = 10240,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each student.")] = 40,
+    store_tokens: Annotated[int, typer.Option(min=2, help="Training tokens the teacher reads, at most.")] = 8192,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each student.")] = 32,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens per step.")] = 512,
     sequence_length: Annotated[
         int | None, typer.Option(min=2, max=8192, help="Default: 128, or --tokens if that is less.")
