@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from head_products import GEMMS, head_gemms
 from reporting import SideBySide, Target
 from torch import Tensor
 
@@ -13,7 +14,6 @@ from kdkernels.backends.chunked_head import chunks
 from kdkernels.backends.rows import Side
 
 VOCAB, K, HIDDEN = 151_936, 64, 576
-GEMMS = "its GEMMs, same chunks"
 
 
 def truncated(tokens: int, tail: str = "bucket") -> kd.TopKLogits:
@@ -23,24 +23,6 @@ def truncated(tokens: int, tail: str = "bucket") -> kd.TopKLogits:
     places = torch.rand(tokens, K, generator=generator).argsort(-1) * (VOCAB // K)
     ids = places + torch.randint(0, VOCAB // K, (tokens, K), generator=generator)
     return kd.TopKLogits(ids, log_probs, vocab_size=VOCAB, tail=tail)
-
-
-def head_gemms(hidden: Tensor, weight: Tensor) -> Callable[[], object]:
-    """The three matrix products of the head, chunk by chunk, into memory that is there already."""
-    hidden, weight = hidden.detach(), weight.detach()
-    slices = [slice(part.start, min(part.stop, len(hidden))) for part in chunks([Side(hidden, weight)], None)]
-    logits = hidden.new_zeros(max(part.stop - part.start for part in slices), VOCAB)
-    grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
-
-    def run() -> object:
-        for index, part in enumerate(slices):
-            made = logits[: part.stop - part.start]
-            torch.mm(hidden[part], weight.t(), out=made)
-            torch.mm(made, weight, out=grad_hidden[part])
-            grad_weight.addmm_(made.t(), hidden[part], beta=0 if index == 0 else 1)
-        return grad_hidden, grad_weight
-
-    return run
 
 
 def test_head(side_by_side: SideBySide) -> None:

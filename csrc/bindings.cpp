@@ -6,6 +6,7 @@
 #endif
 
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -54,16 +55,19 @@ struct Kernels {
   bool (*divergence)(const RowProblem&);
   bool (*token_statistics)(const RowProblem&);
   bool (*sparse_divergence)(SparseProblem&);
+  void (*collect_entries)(const EntryChunk&, int32_t*, float*);
+  bool (*expand_entries)(const EntryChunk&, int);
+  bool (*sparse_products)(const SparseProducts&);
   bool (*pack_records)(RecordProblem&);
   bool (*unpack_records)(RecordProblem&);
   bool (*topk)(const TopKProblem&);
   bool (*sample)(const SampleProblem&);
 };
 
-#define KD_KERNELS(isa)                                                                                           \
-  Kernels {                                                                                                       \
-    #isa, isa::divergence, isa::token_statistics, isa::sparse_divergence, isa::pack_records, isa::unpack_records, \
-        isa::topk, isa::sample                                                                                    \
+#define KD_KERNELS(isa)                                                                                              \
+  Kernels {                                                                                                          \
+    #isa, isa::divergence, isa::token_statistics, isa::sparse_divergence, isa::collect_entries, isa::expand_entries, \
+        isa::sparse_products, isa::pack_records, isa::unpack_records, isa::topk, isa::sample                         \
   }
 
 bool processor_has(const std::string& isa) {
@@ -116,6 +120,10 @@ Matrix matrix(Address data, int64_t stride, int dtype) {
 }
 
 PerRow per_row(double value, Address values) { return {reinterpret_cast<const void*>(values), value}; }
+
+EntryLists entry_lists(Address counts, Address summaries) {
+  return {reinterpret_cast<int32_t*>(counts), reinterpret_cast<double*>(summaries)};
+}
 
 void check_labels(const RowProblem& problem) {
   if (!problem.labels) return;
@@ -173,7 +181,9 @@ void divergence(int threads, bool compute_double, int64_t rows, int64_t vocab, A
                 Address active, int kind, double a, double b, Address divergence, Address cross_entropy,
                 double grad_divergence, Address grad_divergences, double grad_cross_entropy,
                 Address grad_cross_entropies, Address grad_student, int64_t grad_student_stride, Address grad_teacher,
-                int64_t grad_teacher_stride, Address total, bool fresh_gradients) {
+                int64_t grad_teacher_stride, Address total, bool fresh_gradients, Address student_counts,
+                Address student_summaries, Address teacher_counts, Address teacher_summaries, double tolerance,
+                bool stochastic, uint64_t seed, int64_t first_row) {
   RowProblem problem =
       sides(threads, compute_double, rows, vocab, matrix(student, student_stride, student_dtype),
             matrix(teacher, teacher_stride, teacher_dtype), per_row(student_temperature, student_temperatures),
@@ -190,6 +200,9 @@ void divergence(int threads, bool compute_double, int64_t rows, int64_t vocab, A
   std::unique_ptr<double[]> weighted(total ? new double[static_cast<size_t>(rows)] : nullptr);
   problem.weighted = weighted.get();
   problem.fresh_gradients = fresh_gradients;
+  problem.student_entries = entry_lists(student_counts, student_summaries);
+  problem.teacher_entries = entry_lists(teacher_counts, teacher_summaries);
+  problem.entry_rule = {tolerance, stochastic, seed, first_row};
   launch(chosen().divergence, problem);
   if (!total) return;
   // In the order of the rows, so that it does not depend on the threads.
@@ -216,6 +229,53 @@ void token_statistics(int threads, bool compute_double, int64_t rows, int64_t vo
   launch(chosen().token_statistics, problem);
 }
 
+EntryChunk entry_chunk(int64_t rows, int64_t vocab, Address storage, int64_t stride, int dtype, Address counts,
+                       Address summaries) {
+  return {rows, vocab, matrix(storage, stride, dtype), entry_lists(counts, summaries)};
+}
+
+void collect_entries(int64_t rows, int64_t vocab, Address storage, int64_t stride, int dtype, Address counts,
+                     Address summaries, Address columns, Address values) {
+  py::gil_scoped_release release;
+  chosen().collect_entries(entry_chunk(rows, vocab, storage, stride, dtype, counts, summaries),
+                           reinterpret_cast<int32_t*>(columns), reinterpret_cast<float*>(values));
+}
+
+void expand_entries(int threads, int64_t rows, int64_t vocab, Address storage, int64_t stride, int dtype,
+                    Address counts, Address summaries) {
+  bool done;
+  {
+    py::gil_scoped_release release;
+    done = chosen().expand_entries(entry_chunk(rows, vocab, storage, stride, dtype, counts, summaries), threads);
+  }
+  if (!done) throw std::bad_alloc();
+}
+
+void sparse_products(int threads, int64_t rows, int64_t vocab, int64_t hidden_size, Address offsets, Address columns,
+                     Address values, Address weight, int64_t weight_stride, int weight_dtype, Address hidden,
+                     int64_t hidden_stride, Address everywhere, Address to_hidden, Address to_weight) {
+  SparseProducts problem;
+  problem.threads = threads;
+  problem.rows = rows;
+  problem.vocab = vocab;
+  problem.hidden_size = hidden_size;
+  problem.offsets = reinterpret_cast<const int64_t*>(offsets);
+  problem.columns = reinterpret_cast<const int32_t*>(columns);
+  problem.values = reinterpret_cast<const float*>(values);
+  problem.weight = matrix(weight, weight_stride, weight_dtype);
+  problem.hidden = reinterpret_cast<const float*>(hidden);
+  problem.hidden_stride = hidden_stride;
+  problem.everywhere = reinterpret_cast<const float*>(everywhere);
+  problem.to_hidden = reinterpret_cast<float*>(to_hidden);
+  problem.to_weight = reinterpret_cast<float*>(to_weight);
+  bool done;
+  {
+    py::gil_scoped_release release;
+    done = chosen().sparse_products(problem);
+  }
+  if (!done) throw std::bad_alloc();
+}
+
 // The first row that is malformed, or the number of rows.
 int64_t sparse_divergence(int threads, bool compute_double, int64_t rows, int64_t vocab, Address student,
                           int64_t student_stride, int student_dtype, double student_temperature,
@@ -225,7 +285,9 @@ int64_t sparse_divergence(int threads, bool compute_double, int64_t rows, int64_
                           int64_t value_stride, int value_dtype, Address constants, int constant_dtype, Address records,
                           Address offsets, Address counts, int64_t largest_count, int bits, Address divergence,
                           Address cross_entropy, Address grad_divergence, Address grad_cross_entropy,
-                          Address grad_student, int64_t grad_student_stride) {
+                          Address grad_student, int64_t grad_student_stride, Address student_counts,
+                          Address student_summaries, double tolerance, bool stochastic, uint64_t seed,
+                          int64_t first_row) {
   SparseProblem problem;
   static_cast<RowProblem&>(problem) =
       sides(threads, compute_double, rows, vocab, matrix(student, student_stride, student_dtype), Matrix(),
@@ -252,6 +314,8 @@ int64_t sparse_divergence(int threads, bool compute_double, int64_t rows, int64_
   problem.grad_cross_entropy = per_row(0, grad_cross_entropy);
   problem.grad_student = matrix(grad_student, grad_student_stride, student_dtype);
   problem.fresh_gradients = true;
+  problem.student_entries = entry_lists(student_counts, student_summaries);
+  problem.entry_rule = {tolerance, stochastic, seed, first_row};
   launch(chosen().sparse_divergence, problem);
   return problem.wrong_row;
 }
@@ -345,6 +409,9 @@ PYBIND11_MODULE(_native, module) {
   module.def("divergence", &kd::divergence);
   module.def("token_statistics", &kd::token_statistics);
   module.def("sparse_divergence", &kd::sparse_divergence);
+  module.def("collect_entries", &kd::collect_entries);
+  module.def("expand_entries", &kd::expand_entries);
+  module.def("sparse_products", &kd::sparse_products);
   module.def("pack_records", &kd::pack_records);
   module.def("unpack_records", &kd::unpack_records);
   module.def("topk", &kd::topk);

@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from kdkernels import reference, store
 from kdkernels.arguments import debug
 from kdkernels.backends import BackendStatus, backends
+from kdkernels.backends.gradient_entries import GradientReport
 from kdkernels.divergences import (
     JSD,
     TVD,
@@ -36,6 +37,7 @@ __all__ = [
     "BackendStatus",
     "Divergence",
     "ForwardKL",
+    "GradientReport",
     "Hellinger",
     "Jeffreys",
     "LMHead",

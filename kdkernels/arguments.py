@@ -44,10 +44,12 @@ __all__ = [
     "prepare_statistics",
     "prepare_topk",
     "unpack_rows",
+    "with_tolerance",
 ]
 
 CPU = torch.device("cpu")
 REDUCTIONS = ("none", "sum", "mean")
+ROUNDINGS = ("nearest", "stochastic")
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REAL_DTYPES = LOGIT_DTYPES + INTEGER_DTYPES
 
@@ -353,6 +355,24 @@ def prepare_statistics(
     """Checks the arguments of ``token_statistics``."""
     problem = pair(student, teacher, Form(0), vocab_size, temperature, teacher_temperature)
     return active_rows(problem, mask, labels, ignore_index)
+
+
+def with_tolerance(problem: Problem, tolerance: float, rounding: str, generator: torch.Generator | None) -> Problem:
+    """Says what the logit gradients of LM heads may leave out."""
+    eps = check_real("gradient_tolerance", tolerance)
+    if not 0 <= eps < 1:
+        raise ValueError(f"gradient_tolerance must be at least 0 and less than 1, got {tolerance!r}")
+    stochastic = check_choice("gradient_rounding", rounding, ROUNDINGS) == "stochastic"
+    if generator is not None:
+        if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+            given = f"one on {generator.device}" if isinstance(generator, torch.Generator) else type(generator).__name__
+            raise TypeError(f"generator must be a torch.Generator on the CPU, got {given}")
+        if not stochastic:
+            raise ValueError(f"generator is for gradient_rounding='stochastic', not for {rounding!r}")
+    if eps == 0:
+        return problem
+    seed = torch.randint(1 << 62, (), generator=generator) if stochastic else None
+    return problem._replace(spec=problem.spec._replace(gradient_tolerance=eps, gradient_seed=seed))
 
 
 def picking(

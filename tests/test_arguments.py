@@ -237,7 +237,7 @@ FUSED = [
 ]
 
 FUSED_LOSS = [
-    refusal("gradient_tolerance", NotImplementedError, "gradient_tolerance", "0", "0.001", gradient_tolerance=1e-3),
+    refusal("gradient_tolerance", ValueError, "gradient_tolerance", "less than 1", "-0.001", gradient_tolerance=-1e-3),
     refusal("gradient_tolerance-string", TypeError, "gradient_tolerance", "number", gradient_tolerance="0.1"),
     refusal("gradient_tolerance-nan", ValueError, "gradient_tolerance", "finite", gradient_tolerance=NAN),
     refusal("process_group", NotImplementedError, "process_group", "None", process_group=object()),

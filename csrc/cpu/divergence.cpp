@@ -7,7 +7,7 @@
 // exponential is computed twice. The gradient may be written over the logits.
 #include "math/divergence.h"
 
-#include "cpu/row_blocks.h"
+#include "cpu/gradient_row.h"
 
 namespace kd::KD_ISA {
 namespace {
@@ -17,14 +17,16 @@ template <class Real>
 struct Scratch {
   Real *student, *teacher;  // exponentials, later perhaps h_t / h_s
   Real *student_terms, *teacher_terms;
-  Real *student_origin, *teacher_origin;  // what a block's exponentials are relative to
+  Real *student_origin, *teacher_origin;      // what a block's exponentials are relative to
+  Real *student_gradient, *teacher_gradient;  // where lists of the gradients' entries are wanted
 
   static constexpr int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }
 
   // Both gradients of a two-sweep form need h_s and h_t beside p and q; else they share the rows.
-  static int64_t bytes(int64_t vocab, bool separate_terms) {
+  static int64_t bytes(int64_t vocab, bool separate_terms, bool lists) {
     const int64_t blocks = (vocab + block_size - 1) / block_size;
-    return static_cast<int64_t>(sizeof(Real)) * ((separate_terms ? 4 : 2) * padded(vocab) + 2 * padded(blocks));
+    const int64_t length = (separate_terms ? 4 : 2) + (lists ? 2 : 0);
+    return static_cast<int64_t>(sizeof(Real)) * (length * padded(vocab) + 2 * padded(blocks));
   }
 
   Scratch(void* memory, int64_t vocab, bool separate_terms) {
@@ -35,6 +37,8 @@ struct Scratch {
     teacher_terms = separate_terms ? student_terms + row : student;
     student_origin = (separate_terms ? teacher_terms : teacher) + row;
     teacher_origin = student_origin + blocks;
+    student_gradient = teacher_origin + blocks;
+    teacher_gradient = student_gradient + row;
   }
 };
 
@@ -292,8 +296,10 @@ class Row {
     const bool to_student = problem_.grad_student.data, to_teacher = problem_.grad_teacher.data;
     const Real upstream = per_row<Real>(problem_.grad_divergence, row_);
     const Real label_upstream = problem_.labels ? per_row<Real>(problem_.grad_cross_entropy, row_) : Real(0);
-    const GradientRow<Real> student_row(problem_.grad_student, problem_, row_);
-    const GradientRow<Real> teacher_row(problem_.grad_teacher, problem_, row_);
+    const GradientRow<Real> student_row(problem_.grad_student, problem_.student_entries, scratch_.student_gradient,
+                                        problem_, row_);
+    const GradientRow<Real> teacher_row(problem_.grad_teacher, problem_.teacher_entries, scratch_.teacher_gradient,
+                                        problem_, row_);
     const bool label_softmax_apart = label_temperature_differs_ && label_upstream != Real(0);
     const bool logs =
         (to_student && Traits::logs_for_student_gradient) || (to_teacher && Traits::logs_for_teacher_gradient);
@@ -346,6 +352,8 @@ class Row {
       if (to_student && !direct_student) student_row.store(start, n, student_out);
       if (to_teacher && !direct_teacher) teacher_row.store(start, n, teacher_out);
     });
+    student_row.finish(!student_.masked);
+    teacher_row.finish(!teacher_.masked);
   }
 
   // scale * (h_s - q H_s) + label_scale * q
@@ -432,7 +440,8 @@ class Row {
 template <class Real, Kind kind>
 bool run(const RowProblem& problem) {
   const bool separate_terms = math::Traits<kind>::two_sweeps && problem.grad_student.data && problem.grad_teacher.data;
-  const int64_t bytes = Scratch<Real>::bytes(problem.vocab, separate_terms);
+  const int64_t bytes = Scratch<Real>::bytes(problem.vocab, separate_terms,
+                                             problem.student_entries.counts || problem.teacher_entries.counts);
   // Small rows go to a thread in groups, so that handing them out costs little.
   const int64_t group = problem.vocab >= 16384 ? 1 : 16384 / problem.vocab + 1;
   int failed = 0;

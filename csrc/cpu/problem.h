@@ -20,6 +20,29 @@ struct PerRow {
   double value = 0;
 };
 
+// A gradient wanted as lists of its large entries, beside a number that every entry gets: in the storage of each row the
+// columns, int32, and from the middle of what holds such pairs on, the values, float. See csrc/cpu/gradient_entries.h.
+struct EntryLists {
+  int32_t* counts = nullptr;    // [rows]: entries of each list, or -1 where the row is dense; null: no lists
+  double* summaries = nullptr;  // [rows, 3]: squared norms of the gradient and of the error; the number
+};
+
+// The rows of a chunk whose gradient was wanted as lists.
+struct EntryChunk {
+  int64_t rows = 0;
+  int64_t vocab = 0;
+  Matrix storage;
+  EntryLists lists;
+};
+
+// Which entries a list may leave out.
+struct EntryRule {
+  double tolerance = 0;
+  bool stochastic = false;
+  uint64_t seed = 0;
+  int64_t first_row = 0;  // the number of this problem's first row among all rows
+};
+
 // Rows of the `divergence` and `token_statistics` families. Arrays whose element type is not said
 // hold the compute type: double if either side is float64, else float.
 struct RowProblem {
@@ -45,9 +68,12 @@ struct RowProblem {
   void* cross_entropy = nullptr;  // [rows] if labels
   PerRow grad_divergence;         // what the result gives to each value
   PerRow grad_cross_entropy;
-  double* weighted = nullptr;    // [rows]: grad_divergence * divergence + grad_cross_entropy * cross_entropy
-  Matrix grad_student;           // may share the storage of student
-  Matrix grad_teacher;           // may share the storage of teacher
+  double* weighted = nullptr;  // [rows]: grad_divergence * divergence + grad_cross_entropy * cross_entropy
+  Matrix grad_student;         // may share the storage of student
+  Matrix grad_teacher;         // may share the storage of teacher
+  EntryLists student_entries;  // of grad_student
+  EntryLists teacher_entries;  // of grad_teacher
+  EntryRule entry_rule;
   bool fresh_gradients = false;  // nobody has written them yet: their pages may be missing
 
   void* statistics = nullptr;  // [rows, statistics_count]
@@ -55,6 +81,24 @@ struct RowProblem {
 };
 
 constexpr int statistics_count = 10;
+
+// The products of a sparse gradient of the logits, in rows of entries by ascending column, with what made the logits: see
+// csrc/cpu/sparse_products.cpp.
+struct SparseProducts {
+  int threads = 1;
+  int64_t rows = 0;
+  int64_t vocab = 0;
+  int64_t hidden_size = 0;
+  const int64_t* offsets = nullptr;  // [rows + 1]: where each row's entries begin
+  const int32_t* columns = nullptr;
+  const float* values = nullptr;
+  const float* everywhere = nullptr;  // [hidden_size], added to every row of to_weight; null: nothing
+  Matrix weight;                      // [vocab, hidden_size]
+  const float* hidden = nullptr;      // [rows, hidden_size]
+  int64_t hidden_stride = 0;
+  float* to_hidden = nullptr;  // [rows, hidden_size], written; null: not wanted
+  float* to_weight = nullptr;  // [vocab, hidden_size], added to; null: not wanted
+};
 
 // What stands for the vocabulary that a row of a sparse teacher does not name. The numbering is shared with
 // kdkernels/backends/sparse_rows.py and triton_kernels/sparse_divergence.py.
@@ -149,15 +193,18 @@ void* thread_scratch(int64_t bytes);
 void populate(void* data, int64_t bytes);
 
 // One entry point per instruction set and family. False: out of memory.
-#define KD_DECLARE_CPU_KERNELS(isa)                 \
-  namespace isa {                                   \
-  bool divergence(const RowProblem& problem);       \
-  bool token_statistics(const RowProblem& problem); \
-  bool sparse_divergence(SparseProblem& problem);   \
-  bool pack_records(RecordProblem& problem);        \
-  bool unpack_records(RecordProblem& problem);      \
-  bool topk(const TopKProblem& problem);            \
-  bool sample(const SampleProblem& problem);        \
+#define KD_DECLARE_CPU_KERNELS(isa)                                               \
+  namespace isa {                                                                 \
+  bool divergence(const RowProblem& problem);                                     \
+  bool token_statistics(const RowProblem& problem);                               \
+  bool sparse_divergence(SparseProblem& problem);                                 \
+  void collect_entries(const EntryChunk& chunk, int32_t* columns, float* values); \
+  bool expand_entries(const EntryChunk& chunk, int threads);                      \
+  bool sparse_products(const SparseProducts& problem);                            \
+  bool pack_records(RecordProblem& problem);                                      \
+  bool unpack_records(RecordProblem& problem);                                    \
+  bool topk(const TopKProblem& problem);                                          \
+  bool sample(const SampleProblem& problem);                                      \
   }
 KD_DECLARE_CPU_KERNELS(baseline)
 KD_DECLARE_CPU_KERNELS(avx2)

@@ -7,7 +7,7 @@
 // the exponentials. It may be written over the logits.
 #include <algorithm>
 
-#include "cpu/row_blocks.h"
+#include "cpu/gradient_row.h"
 #include "math/divergence.h"
 #include "math/records.h"
 
@@ -27,13 +27,15 @@ struct Scratch {
   double* log_q;   // of the student, at the entries
   int32_t* ids;    // ascending, each once
   Real* exponentials;
-  Real* origins;  // what a block's exponentials are relative to
+  Real* origins;   // what a block's exponentials are relative to
+  Real* gradient;  // where a list of the gradient's entries is wanted
 
   static constexpr int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }
   static constexpr int64_t blocks(int64_t vocab) { return (vocab + block_size - 1) / block_size; }
 
-  static int64_t bytes(int64_t vocab, int64_t entries) {
-    return padded(entries) * (5 * 8 + 4) + (padded(vocab) + padded(blocks(vocab))) * static_cast<int64_t>(sizeof(Real));
+  static int64_t bytes(int64_t vocab, int64_t entries, bool lists) {
+    const int64_t reals = (lists ? 2 : 1) * padded(vocab) + padded(blocks(vocab));
+    return padded(entries) * (5 * 8 + 4) + reals * static_cast<int64_t>(sizeof(Real));
   }
 
   // Log-probabilities of a record, in place of the keys, which a record needs none of.
@@ -49,6 +51,7 @@ struct Scratch {
     ids = reinterpret_cast<int32_t*>(log_q + row);
     exponentials = reinterpret_cast<Real*>(ids + row);
     origins = exponentials + padded(vocab);
+    gradient = origins + padded(blocks(vocab));
   }
 };
 
@@ -332,7 +335,8 @@ class SparseRow {
 
   // Sweep 2: writes the gradient.
   void gradients() const {
-    const GradientRow<Real> gradient(problem_.grad_student, problem_, row_);
+    const GradientRow<Real> gradient(problem_.grad_student, problem_.student_entries, scratch_.gradient, problem_,
+                                     row_);
     const double upstream =
         static_cast<double>(per_row<Real>(problem_.grad_divergence, row_)) * student_.inverse_temperature;
     const double label_upstream =
@@ -372,6 +376,7 @@ class SparseRow {
       if (reading) through_clamp_and_softcap(student_, n, s, out);
       if (!direct) gradient.store(start, n, out);
     });
+    gradient.finish(!student_.masked);
   }
 
   const SparseProblem& problem_;
@@ -396,7 +401,7 @@ class SparseRow {
 
 template <class Real>
 bool run(SparseProblem& problem) {
-  const int64_t bytes = Scratch<Real>::bytes(problem.vocab, problem.entries);
+  const int64_t bytes = Scratch<Real>::bytes(problem.vocab, problem.entries, problem.student_entries.counts);
   // Small rows go to a thread in groups, so that handing them out costs little.
   const int64_t group = problem.vocab >= 16384 ? 1 : 16384 / problem.vocab + 1;
   int failed = 0;

@@ -17,6 +17,8 @@ __all__ = ["BackendStatus", "backends", "row_backend", "select"]
 NAMES = ("reference", "cpu", "triton")
 HAVE_TOTAL = ("cpu",)
 """The row backends with a ``divergence_total``."""
+HAVE_LISTS = ("cpu",)
+"""The row backends whose fused functions take ``lists``, see ``gradient_entries``."""
 
 
 class BackendStatus(NamedTuple):

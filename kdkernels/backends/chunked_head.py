@@ -2,18 +2,21 @@
 
 The tokens are cut into chunks whose logits fit a memory budget. In linear_divergence, per chunk, one GEMM per head makes the
 logits, the row kernel turns them into their gradient in place, two GEMMs carry it to the hidden states and the weight.
-Nothing of size tokens x vocabulary exists. The weight gradient is accumulated in float32 across chunks.
+Nothing of size tokens x vocabulary exists. The weight gradient is accumulated in float32 across chunks. Under a gradient
+tolerance the row kernel leaves lists of the large entries instead, which products of their own carry on, see
+``gradient_entries``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kdkernels.backends import row_backend
+from kdkernels.backends import HAVE_LISTS, row_backend
+from kdkernels.backends.gradient_entries import EntryLists, ListProducts, report_lists
 from kdkernels.backends.rows import RowSpec, Side, Tempering, compute_dtype
 
 __all__ = [
@@ -47,10 +50,16 @@ class SideGradients(NamedTuple):
     bias: Tensor | None = None
 
 
-def chunks(sides: list[Side], memory_budget: int | None, *, extra_row_bytes: int = 0) -> Iterator[slice]:
-    """Equal runs of rows whose logits, and what else a row takes, fit the budget, at least one row each."""
+def budget_of(side: Side, memory_budget: int | None) -> int:
+    return DEFAULT_BUDGET.get(side.tensor.device.type, 1 << 30) if memory_budget is None else memory_budget
+
+
+def chunks(
+    sides: list[Side], memory_budget: int | None, *, extra_row_bytes: int = 0, share: float = 1.0
+) -> Iterator[slice]:
+    """Equal runs of rows whose logits, and what else a row takes, fit a share of the budget, at least one row each."""
     rows = sides[0].tensor.shape[0]
-    budget = DEFAULT_BUDGET.get(sides[0].tensor.device.type, 1 << 30) if memory_budget is None else memory_budget
+    budget = int(share * budget_of(sides[0], memory_budget))
     row_bytes = sum(side.weight.shape[0] * side.tensor.element_size() for side in sides if side.weight is not None)
     row_bytes += extra_row_bytes
     fitting = max(1, budget // max(1, row_bytes))
@@ -59,11 +68,35 @@ def chunks(sides: list[Side], memory_budget: int | None, *, extra_row_bytes: int
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
+class ListSettings(NamedTuple):
+    """Of heads whose gradients come as lists."""
+
+    backend: str
+    bytes_per_head: int
+
+
+SHARE_OF_LOGITS = 0.75
+"""Of the memory budget, where the rest is for lists."""
+
+
+def list_settings(
+    sides: list[Side], needs: Sequence[Needs], spec: RowSpec, memory_budget: int | None, backend: str
+) -> ListSettings | None:
+    """How lists are kept, or None where the gradient is exact: without a tolerance, and in float64."""
+    heads = sum(side.weight is not None and any(need) for side, need in zip(sides, needs, strict=True))
+    double = any(side.tensor.dtype == torch.float64 for side in sides)
+    if spec.gradient_tolerance == 0 or backend not in HAVE_LISTS or double or not heads:
+        return None
+    return ListSettings(backend, int((1 - SHARE_OF_LOGITS) * budget_of(sides[0], memory_budget)) // heads)
+
+
 class Head:
     """One side while its chunks go by: makes logits, takes their gradient."""
 
-    def __init__(self, side: Side, needs: Needs, active: Tensor | None) -> None:
+    def __init__(self, side: Side, needs: Needs, active: Tensor | None, lists_for: ListSettings | None = None) -> None:
         self.side = side
+        self.lists_for = lists_for if side.weight is not None and any(needs) else None
+        self.products: ListProducts | None = None
         self.needs = needs
         self.active = active
         self.tensor_gradient: Tensor | None = None
@@ -88,7 +121,9 @@ class Head:
             return self.side.tensor[chunk]
         rows = self.hidden(chunk)
         if self.buffer is None:  # the first chunk is the longest
-            self.buffer = rows.new_empty(rows.shape[0], self.side.weight.shape[0])
+            vocab = self.side.weight.shape[0]
+            even = vocab + vocab % 2  # lists lie in the storage of the rows: on boundaries of four bytes
+            self.buffer = rows.new_empty(rows.shape[0], even if rows.element_size() == 2 else vocab)[:, :vocab]
         out = self.buffer[: rows.shape[0]]
         scale = self.side.scale
         if self.side.bias is None:
@@ -103,11 +138,55 @@ class Head:
             return logits
         return None if self.tensor_gradient is None else self.tensor_gradient[chunk]
 
-    def take(self, gradient: Tensor | None, chunk: slice) -> None:
+    def lists(self, chunk: slice) -> EntryLists | None:
+        """Where the row kernel notes the lists of a chunk, if lists are wanted of it."""
+        return None if self.lists_for is None else EntryLists.empty(chunk.stop - chunk.start)
+
+    def take(self, gradient: Tensor | None, chunk: slice, lists: EntryLists | None = None) -> None:
         """Carries the gradient of a chunk's logits on to hidden states, weight and bias."""
-        weight, scale = self.side.weight, self.side.scale
-        if gradient is None or weight is None:
+        if gradient is None or self.side.weight is None:
             return
+        if lists is None:
+            self.take_dense(gradient, chunk)
+        else:
+            self.take_lists(gradient, chunk, lists)
+
+    def take_lists(self, gradient: Tensor, chunk: slice, lists: EntryLists) -> None:
+        weight, settings = self.side.weight, self.lists_for
+        assert weight is not None
+        assert settings is not None
+        vocab = weight.shape[0]
+        report_lists(lists, vocab)
+        if self.products is None:  # the first chunk is the longest
+            self.products = ListProducts(settings.backend, weight, gradient.shape[0], settings.bytes_per_head)
+        sparse = lists.sparse(vocab)
+        if not sparse or not self.products.fits(lists):
+            self.multiply_lists()
+        if sparse:
+            self.products.add(gradient, lists, chunk.start)
+        else:
+            row_backend(settings.backend).expand_entries(gradient, lists)
+            self.take_dense(gradient, chunk)
+
+    def multiply_lists(self) -> None:
+        """The products of the lists gathered so far."""
+        weight, products = self.side.weight, self.products
+        if weight is None or products is None or not products.counts:
+            return
+        if self.needs.weight and self.weight_sum is None:
+            self.weight_sum = torch.zeros(weight.shape, dtype=torch.float32)
+        if self.needs.bias and self.bias_sum is None:
+            self.bias_sum = torch.zeros(weight.shape[0], dtype=torch.float32)
+        rows, part = products.multiply(
+            self.side.tensor, self.side.scale, self.needs.tensor, self.weight_sum, self.bias_sum
+        )
+        if part is not None:
+            assert self.tensor_gradient is not None
+            self.tensor_gradient[rows] = part
+
+    def take_dense(self, gradient: Tensor, chunk: slice) -> None:
+        weight, scale = self.side.weight, self.side.scale
+        assert weight is not None
         if self.tensor_gradient is not None:
             out = self.tensor_gradient[chunk]
             torch.addmm(out, gradient, weight, beta=0, alpha=scale, out=out)
@@ -128,6 +207,7 @@ class Head:
             self.bias_sum = part.mul_(scale) if self.bias_sum is None else self.bias_sum.add_(part, alpha=scale)
 
     def finish(self) -> SideGradients:
+        self.multiply_lists()
         weight, bias = self.side.weight, self.side.bias
 
         def summed(total: Tensor | None, like: Tensor | None, wanted: bool) -> Tensor | None:
@@ -221,20 +301,23 @@ def divergence_with_gradients(
         return spread(divergence, index, rows), cross_entropy, spread_hidden(to_student), spread_hidden(to_teacher)
     kernels = row_backend(backend)
     values = empty_values(student, teacher, spec)
-    heads = [Head(student, needs[0], spec.active), Head(teacher, needs[1], spec.active)]
-    for chunk in chunks([student, teacher], memory_budget):
+    settings = list_settings([student, teacher], needs, spec, memory_budget, backend)
+    heads = [Head(side, need, spec.active, settings) for side, need in zip((student, teacher), needs, strict=True)]
+    for chunk in chunks([student, teacher], memory_budget, share=SHARE_OF_LOGITS if settings else 1.0):
         logits = [head.logits(chunk) for head in heads]
         gradients = [head.gradient_buffer(part, chunk) for head, part in zip(heads, logits, strict=True)]
+        lists = tuple(head.lists(chunk) for head in heads)
         part = kernels.divergence_fused(
             *logits,
             spec.take(chunk),
             grad_divergence[chunk],
             None if grad_cross_entropy is None else grad_cross_entropy[chunk],
             *gradients,
+            **({"lists": lists} if settings else {}),
         )
         store_values(values, part, chunk)
-        for head, gradient in zip(heads, gradients, strict=True):
-            head.take(gradient, chunk)
+        for head, gradient, listed in zip(heads, gradients, lists, strict=True):
+            head.take(gradient, chunk, listed)
     return *values, heads[0].finish(), heads[1].finish()
 
 

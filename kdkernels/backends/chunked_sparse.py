@@ -6,11 +6,24 @@ entry by entry, a chunk of the teacher's rows is filled in and goes through the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from kdkernels.backends import row_backend
-from kdkernels.backends.chunked_head import Head, Needs, SideGradients, active_index, chunks, only_active, spread
+from kdkernels.backends.chunked_head import (
+    SHARE_OF_LOGITS,
+    Head,
+    Needs,
+    SideGradients,
+    active_index,
+    chunks,
+    list_settings,
+    only_active,
+    spread,
+)
+from kdkernels.backends.gradient_entries import EntryLists
 from kdkernels.backends.rows import RowSpec, Side, compute_dtype
 from kdkernels.backends.sparse_rows import SparseRows, dense_rows, needs_dense_rows
 
@@ -55,18 +68,24 @@ def divergence(
     dtype = compute_dtype(student.tensor, None)
     value = torch.empty(rows, dtype=dtype, device=student.tensor.device)
     cross_entropy = value.new_empty(0 if spec.labels is None else rows)
-    head = Head(student, needs, spec.active)
+    settings = list_settings([student], [needs], spec, memory_budget, backend)
+    head = Head(student, needs, spec.active, settings)
     dense = needs_dense_rows(teacher.policy, spec.kind)
-    for chunk in chunks([student], memory_budget, extra_row_bytes=vocab * dtype.itemsize if dense else 0):
+    extra = vocab * dtype.itemsize if dense else 0
+    share = SHARE_OF_LOGITS if settings else 1.0
+    for chunk in chunks([student], memory_budget, extra_row_bytes=extra, share=share):
         logits = head.logits(chunk)
         gradient = head.gradient_buffer(logits, chunk)
         factors = (None, None) if upstream is None else (upstream[0][chunk], upstream[1])
         hard = None if factors[1] is None else factors[1][chunk]
-        part = row_values(logits, teacher.take(chunk), spec.take(chunk), factors[0], hard, gradient, dense, backend)
+        lists = head.lists(chunk)
+        part = row_values(
+            logits, teacher.take(chunk), spec.take(chunk), factors[0], hard, gradient, lists, dense, backend
+        )
         value[chunk] = part[0]
         if spec.labels is not None:
             cross_entropy[chunk] = part[1]
-        head.take(gradient, chunk)
+        head.take(gradient, chunk, lists)
     return value, cross_entropy, head.finish()
 
 
@@ -77,14 +96,19 @@ def row_values(
     grad_divergence: Tensor | None,
     grad_cross_entropy: Tensor | None,
     gradient: Tensor | None,
+    lists: EntryLists | None,
     dense: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The values of a chunk, whose gradient is written where it is wanted."""
     kernels = row_backend(backend)
     values: tuple[Tensor, Tensor]
+    options: dict[str, Any]
     if not dense:
-        values = kernels.sparse_divergence_fused(logits, teacher, spec, grad_divergence, grad_cross_entropy, gradient)
+        options = {} if lists is None else {"lists": lists}
+        values = kernels.sparse_divergence_fused(
+            logits, teacher, spec, grad_divergence, grad_cross_entropy, gradient, **options
+        )
         return values
     teacher = teacher.unpacked(logits.shape[1], kernels.unpack_records)
     log_probs, silent = dense_rows(teacher, spec, logits.shape[1], compute_dtype(logits, None))
@@ -94,5 +118,8 @@ def row_values(
     if gradient is None or grad_divergence is None:
         values = kernels.divergence_forward(logits, log_probs, spec)[:2]
     else:
-        values = kernels.divergence_fused(logits, log_probs, spec, grad_divergence, grad_cross_entropy, gradient, None)
+        options = {} if lists is None else {"lists": (lists, None)}
+        values = kernels.divergence_fused(
+            logits, log_probs, spec, grad_divergence, grad_cross_entropy, gradient, None, **options
+        )
     return values if silent is None else (values[0].masked_fill(silent, 0.0), values[1])

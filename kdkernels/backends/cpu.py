@@ -9,18 +9,22 @@ from torch import Tensor
 
 from kdkernels import records
 from kdkernels.backends import native
+from kdkernels.backends.gradient_entries import EntryLists
 from kdkernels.backends.rows import STATISTICS, RowSpec, Scales, Tempering, compute_dtype
 from kdkernels.backends.sparse_rows import Records, SparseRows
 
 __all__ = [
     "SAVED_STATISTICS",
+    "collect_entries",
     "divergence_backward",
     "divergence_forward",
     "divergence_fused",
     "divergence_total",
+    "expand_entries",
     "pack_records",
     "sample",
     "sparse_divergence_fused",
+    "sparse_products",
     "status",
     "supports",
     "token_statistics",
@@ -67,7 +71,7 @@ def _address(tensor: Tensor | None) -> int:
 def _sides(student: Tensor, teacher: Tensor | None, spec: RowSpec) -> tuple[Any, ...]:
     """The leading arguments that all kernels share."""
     rows, vocab = student.shape
-    _, _, _, student_temperature, student_rows, teacher_temperature, teacher_rows, *softcaps, labels, active = spec
+    student_temperature, student_rows, teacher_temperature, teacher_rows, *softcaps, labels, active = spec[3:11]
     student_type = _DTYPES[student.dtype]
     teacher_type = student_type if teacher is None else _DTYPES[teacher.dtype]
     return (
@@ -91,6 +95,16 @@ def _sides(student: Tensor, teacher: Tensor | None, spec: RowSpec) -> tuple[Any,
     )
 
 
+def _lists(lists: EntryLists | None) -> tuple[int, int]:
+    return (0, 0) if lists is None else (lists.counts.data_ptr(), lists.summaries.data_ptr())
+
+
+def _rule(spec: RowSpec) -> tuple[float, bool, int, int]:
+    """(tolerance, whether stochastic, seed, number of the first row)."""
+    seed = spec.gradient_seed
+    return spec.gradient_tolerance, seed is not None, 0 if seed is None else int(seed), spec.first_row
+
+
 def _launch(
     student: Tensor,
     teacher: Tensor,
@@ -103,6 +117,7 @@ def _launch(
     grad_teacher: Tensor | None = None,
     total: Tensor | None = None,
     fresh_gradients: bool = False,
+    lists: tuple[EntryLists | None, EntryLists | None] = (None, None),
 ) -> None:
     _module().divergence(
         *_sides(student, teacher, spec),
@@ -117,6 +132,9 @@ def _launch(
         *((0, 0) if grad_teacher is None else (grad_teacher.data_ptr(), grad_teacher.stride(0))),
         _address(total),
         fresh_gradients,
+        *_lists(lists[0]),
+        *_lists(lists[1]),
+        *_rule(spec),
     )
 
 
@@ -155,6 +173,7 @@ def divergence_fused(
     grad_cross_entropy: Tensor | None,
     grad_student: Tensor | None,
     grad_teacher: Tensor | None,
+    lists: tuple[EntryLists | None, EntryLists | None] = (None, None),
 ) -> tuple[Tensor, Tensor]:
     divergence, cross_entropy = _values(student, teacher, spec)
     _launch(
@@ -166,6 +185,7 @@ def divergence_fused(
         cross_entropy=cross_entropy,
         grad_student=grad_student,
         grad_teacher=grad_teacher,
+        lists=lists,
     )
     return divergence, cross_entropy
 
@@ -203,6 +223,7 @@ def sparse_divergence_fused(
     grad_divergence: Tensor | None,
     grad_cross_entropy: Tensor | None,
     grad_student: Tensor | None,
+    lists: EntryLists | None = None,
 ) -> tuple[Tensor, Tensor]:
     rows, vocab = student.shape
     divergence = torch.empty(rows, dtype=compute_dtype(student, None))
@@ -232,6 +253,8 @@ def sparse_divergence_fused(
         _address(grad_divergence),
         _address(grad_cross_entropy),
         *((0, 0) if grad_student is None else (grad_student.data_ptr(), grad_student.stride(0))),
+        *_lists(lists),
+        *_rule(spec),
     )
     if wrong < rows:
         records.refuse_record(wrong)
@@ -326,6 +349,53 @@ def unpack_records(data: Tensor, counts: Tensor, vocab: int, bits: int, width: i
     if wrong < rows:
         records.refuse_record(wrong)
     return ids, log_probs, log_tail_mass
+
+
+def collect_entries(storage: Tensor, lists: EntryLists, columns: Tensor, values: Tensor) -> None:
+    """Moves the lists of a chunk's rows from ``storage`` [n, V] to ``columns`` and ``values``; dense rows are listed whole."""
+    _module().collect_entries(*_entry_chunk(storage, lists), columns.data_ptr(), values.data_ptr())
+
+
+def expand_entries(storage: Tensor, lists: EntryLists) -> None:
+    """Makes the rows of a chunk dense again, in their storage."""
+    _module().expand_entries(torch.get_num_threads(), *_entry_chunk(storage, lists))
+
+
+def _entry_chunk(storage: Tensor, lists: EntryLists) -> tuple[int, ...]:
+    return *storage.shape, storage.data_ptr(), storage.stride(0), _DTYPES[storage.dtype], *_lists(lists)
+
+
+def sparse_products(
+    offsets: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    weight: Tensor,
+    hidden: Tensor,
+    everywhere: Tensor | None,
+    to_hidden: Tensor | None,
+    to_weight: Tensor | None,
+) -> None:
+    """Of G [n, V], whose row i has ``values`` at ``columns`` from ``offsets[i]`` to ``offsets[i + 1]``, columns ascending.
+
+    Writes G W to ``to_hidden`` [n, H] and adds G^T hidden, and ``everywhere`` [H] to each row, to ``to_weight`` [V, H]; all
+    float32 and contiguous. ``weight`` [V, H], its rows contiguous; ``hidden`` [n, H] float32.
+    """
+    _module().sparse_products(
+        torch.get_num_threads(),
+        hidden.shape[0],
+        *weight.shape,
+        offsets.data_ptr(),
+        columns.data_ptr(),
+        values.data_ptr(),
+        weight.data_ptr(),
+        weight.stride(0),
+        _DTYPES[weight.dtype],
+        hidden.data_ptr(),
+        hidden.stride(0),
+        _address(everywhere),
+        _address(to_hidden),
+        _address(to_weight),
+    )
 
 
 def _source(logits: Tensor) -> tuple[Any, ...]:

@@ -42,7 +42,9 @@ class RowSpec(NamedTuple):
     """Everything about the rows but their logits.
 
     The temperature of row i is ``*_temperatures[i]`` (of the compute type) where that tensor is given, else the number.
-    A softcap of 0 means none. ``labels`` are given only where the hard-label term is wanted.
+    A softcap of 0 means none. ``labels`` are given only where the hard-label term is wanted. ``gradient_tolerance`` and
+    ``gradient_seed`` (int64, 0-d, on the CPU; given for stochastic rounding) say what a head's logit gradient may leave
+    out, see ``gradient_entries``; ``first_row`` is the number of the first row among all rows, which that draws on.
     """
 
     kind: int
@@ -56,6 +58,9 @@ class RowSpec(NamedTuple):
     teacher_softcap: float = 0.0
     labels: Tensor | None = None
     active: Tensor | None = None
+    gradient_tolerance: float = 0.0
+    gradient_seed: Tensor | None = None
+    first_row: int = 0
 
     def take(self, index: slice | Tensor) -> RowSpec:
         """The specification of some of the rows."""
@@ -68,6 +73,7 @@ class RowSpec(NamedTuple):
             teacher_temperatures=pick(self.teacher_temperatures),
             labels=pick(self.labels),
             active=pick(self.active),
+            first_row=self.first_row + (index.start if isinstance(index, slice) else 0),
         )
 
 

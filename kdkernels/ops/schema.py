@@ -16,7 +16,10 @@ from kdkernels.backends.rows import RowSpec
 
 __all__ = ["SPEC", "TAGS", "as_numbers", "has_labels", "pack_spec", "spec_gradients", "unpack_spec"]
 
-SPEC = "int kind, Tensor numbers, Tensor? student_temperatures, Tensor? teacher_temperatures, Tensor? labels, Tensor? active"
+SPEC = (
+    "int kind, Tensor numbers, Tensor? student_temperatures, Tensor? teacher_temperatures, Tensor? labels, Tensor? active, "
+    "Tensor? gradient_seed"
+)
 
 # Kernels are launched with numbers read on the host, which a captured CUDA graph would keep for ever.
 TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
@@ -40,15 +43,17 @@ def pack_spec(spec: RowSpec) -> tuple[Any, ...]:
             spec.teacher_temperature,
             spec.student_softcap,
             spec.teacher_softcap,
+            spec.gradient_tolerance,
         )
     )
-    return spec.kind, numbers, spec.student_temperatures, spec.teacher_temperatures, spec.labels, spec.active
+    tensors = spec.student_temperatures, spec.teacher_temperatures, spec.labels, spec.active, spec.gradient_seed
+    return spec.kind, numbers, *tensors
 
 
 def unpack_spec(packed: Sequence[Any]) -> RowSpec:
     """The specification from the arguments of ``SPEC``."""
-    kind, numbers, student_temperatures, teacher_temperatures, labels, active = packed
-    a, b, student_temperature, teacher_temperature, student_softcap, teacher_softcap = numbers.tolist()
+    kind, numbers, student_temperatures, teacher_temperatures, labels, active, gradient_seed = packed
+    a, b, student_temperature, teacher_temperature, student_softcap, teacher_softcap, tolerance = numbers.tolist()
     return RowSpec(
         kind,
         a,
@@ -61,6 +66,8 @@ def unpack_spec(packed: Sequence[Any]) -> RowSpec:
         teacher_softcap,
         labels,
         active,
+        tolerance,
+        gradient_seed,
     )
 
 
@@ -71,4 +78,4 @@ def has_labels(packed: Sequence[Any]) -> bool:
 
 def spec_gradients() -> tuple[None, ...]:
     """Autograd's answer for these arguments: none of them has a gradient."""
-    return (None,) * 6
+    return (None,) * 7
