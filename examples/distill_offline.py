@@ -1,6 +1,6 @@
 """Distil from stored teacher logits, and see what it costs beside distilling from the teacher itself.
 
-    python examples/distill_offline.py                        # about six minutes on two CPU cores
+    python examples/distill_offline.py                        # about five minutes on two CPU cores
     python examples/distill_offline.py --k 32 --codec q4      # a smaller store
     python examples/distill_offline.py --device cuda --tokens 8192 --store-tokens 80000 --steps 200
 

@@ -84,10 +84,8 @@ def draw_curves(results: OfflineResults, file: Path) -> None:
         for form, training in results.training.items():
             style = {"color": COLOURS[form], "linestyle": LINES[form], "linewidth": 2}
             width = max(1, round(SMOOTHING_SHARE * len(training.losses)))
-            label = f"{form}, mean of {width} steps" if width > 1 else form
-            losses.plot(
-                range(1, len(training.losses) + 1), moving_average(training.losses, width), label=label, **style
-            )
+            average = moving_average(training.losses, width)
+            losses.plot(range(1, len(average) + 1), average, label=f"{form}, {OUTCOMES[form]}", **style)
             evaluated, qualities = zip(*training.held_out, strict=True)
             values = [quality.kl for quality in qualities]
             held_out.plot(evaluated, values, marker="o", label=f"{form}: {values[-1]:.3f} at the end", **style)
