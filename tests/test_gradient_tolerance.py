@@ -252,6 +252,35 @@ def test_empty_and_inactive_batches() -> None:
     assert not weight.grad.any()
 
 
+def test_what_stands_where_a_token_does_not_count_has_no_influence() -> None:
+    torch.manual_seed(21)
+    hidden, weight, teacher = torch.randn(6, 4), 3 * torch.randn(300, 4), 5 * torch.randn(6, 300)
+    mask = torch.tensor([True, False, True, True, False, True])
+
+    def gradients(blank: float) -> list[Tensor]:
+        filled = [torch.where(mask.unsqueeze(1), each, blank) for each in (hidden, teacher)]
+        leaves = [filled[0].requires_grad_(), weight.clone().requires_grad_()]
+        loss = kd.distillation_loss(kd.LMHead(*leaves), filled[1], mask=mask, gradient_tolerance=0.05)
+        return list(torch.autograd.grad(loss, leaves))
+
+    for one, other in zip(gradients(torch.nan), gradients(0.0), strict=True):
+        assert torch.equal(one, other)
+        assert float(one.abs().sum()) > 0
+
+
+def test_a_weight_of_any_layout() -> None:
+    torch.manual_seed(22)
+    hidden, weight, teacher = torch.randn(6, 5), 3 * torch.randn(5, 300), 5 * torch.randn(6, 300)
+    for dtype in (torch.float32, torch.bfloat16):
+        found = []
+        for layout in (weight.t(), weight.t().contiguous()):
+            leaf = layout.to(dtype).requires_grad_()
+            head = kd.LMHead(hidden.to(dtype), leaf)
+            loss = kd.distillation_loss(head, teacher.to(dtype), gradient_tolerance=0.05)
+            found.append(torch.autograd.grad(loss, leaf)[0].float())
+        torch.testing.assert_close(*found, rtol=0.02, atol=1e-3 * float(found[0].abs().max()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("teacher_kind", ["head", "logits", "topk"])

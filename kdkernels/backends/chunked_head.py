@@ -122,8 +122,9 @@ class Head:
         rows = self.hidden(chunk)
         if self.buffer is None:  # the first chunk is the longest
             vocab = self.side.weight.shape[0]
-            even = vocab + vocab % 2  # lists lie in the storage of the rows: on boundaries of four bytes
-            self.buffer = rows.new_empty(rows.shape[0], even if rows.element_size() == 2 else vocab)[:, :vocab]
+            # Lists lie in the storage of the rows: on boundaries of four bytes.
+            width = vocab + vocab % 2 if self.lists_for and rows.element_size() == 2 else vocab
+            self.buffer = rows.new_empty(rows.shape[0], width)[:, :vocab]
         out = self.buffer[: rows.shape[0]]
         scale = self.side.scale
         if self.side.bias is None:
@@ -177,8 +178,9 @@ class Head:
             self.weight_sum = torch.zeros(weight.shape, dtype=torch.float32)
         if self.needs.bias and self.bias_sum is None:
             self.bias_sum = torch.zeros(weight.shape[0], dtype=torch.float32)
-        rows, part = products.multiply(
-            self.side.tensor, self.side.scale, self.needs.tensor, self.weight_sum, self.bias_sum
+        rows = products.rows
+        part = products.multiply(
+            self.hidden(rows).float(), self.side.scale, self.needs.tensor, self.weight_sum, self.bias_sum
         )
         if part is not None:
             assert self.tensor_gradient is not None

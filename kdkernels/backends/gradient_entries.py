@@ -57,7 +57,7 @@ class ListProducts:
 
     def __init__(self, backend: str, weight: Tensor, rows: int, bytes_: int) -> None:
         self.kernels: Any = row_backend(backend)
-        self.weight = weight
+        self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
         capacity = max(bytes_ // 8, rows * math.ceil(LARGEST_SHARE * weight.shape[0]))
         self.columns = torch.empty(capacity, dtype=torch.int32)
         self.values = torch.empty(capacity, dtype=torch.float32)
@@ -69,6 +69,11 @@ class ListProducts:
     @functools.cached_property
     def weight_total(self) -> Tensor:
         return self.weight.sum(0, dtype=torch.float32)
+
+    @property
+    def rows(self) -> slice:
+        """Those whose lists are held."""
+        return slice(self.first_row, self.first_row + sum(len(counts) for counts in self.counts))
 
     def fits(self, lists: EntryLists) -> bool:
         return self.used + lists.entries(self.weight.shape[0]) <= self.columns.numel()
@@ -84,13 +89,12 @@ class ListProducts:
 
     def multiply(
         self, hidden: Tensor, scale: float, to_hidden: bool, weight_sum: Tensor | None, bias_sum: Tensor | None
-    ) -> tuple[slice, Tensor | None]:
-        """Adds to the sums, returns the rows and what goes to their hidden states, float32; then there are no lists.
+    ) -> Tensor | None:
+        """Adds to the sums, returns what goes to the rows' hidden states, float32; then there are no lists.
 
-        ``hidden`` are the hidden states of all rows. ``scale`` is the head's: what makes its logits is ``scale * hidden``.
+        ``hidden`` are these hidden states, float32. ``scale`` is the head's: what makes its logits is ``scale * hidden``.
         """
         counts = torch.cat(self.counts)
-        rows = slice(self.first_row, self.first_row + counts.shape[0])
         offsets = torch.zeros(counts.shape[0] + 1, dtype=torch.int64)
         torch.cumsum(counts, 0, out=offsets[1:])
         columns, values = self.columns[: self.used], self.values[: self.used]
@@ -98,11 +102,11 @@ class ListProducts:
         if scale != 1:
             values.mul_(scale)
             shares.mul_(scale)
-        part = hidden[rows].float()
-        out = part.new_empty(part.shape) if to_hidden else None
+        hidden = hidden.contiguous()
+        out = hidden.new_empty(hidden.shape) if to_hidden else None
         if out is not None or weight_sum is not None:
-            everywhere = None if weight_sum is None else shares @ part
-            self.kernels.sparse_products(offsets, columns, values, self.weight, part, everywhere, out, weight_sum)
+            everywhere = None if weight_sum is None else shares @ hidden
+            self.kernels.sparse_products(offsets, columns, values, self.weight, hidden, everywhere, out, weight_sum)
         if out is not None:
             out.addr_(shares, self.weight_total)
         if bias_sum is not None:
@@ -110,7 +114,7 @@ class ListProducts:
         self.counts.clear()
         self.shares.clear()
         self.used = 0
-        return rows, out
+        return out
 
 
 class GradientReport:
