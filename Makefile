@@ -63,7 +63,7 @@ test: build $(VENV)/.teacher  ## run every test
 	$(BIN)/pytest $(ARGS)
 
 test-fast: build  ## run the tests that take less than a minute together
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 # A second copy of the package, its extension built with the sanitizers, which the tests import instead of the checkout.
 # Triton's compiler is left out: it is not ours, and slow under them.

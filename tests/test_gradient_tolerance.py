@@ -390,7 +390,6 @@ def test_compiled_and_differentiated_twice() -> None:
         ({"generator": 3}, "generator must be a torch.Generator on the CPU, got int"),
         ({"generator": torch.Generator()}, "generator is for gradient_rounding='stochastic', not for 'nearest'"),
     ],
-    ids=str,
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
     head = kd.LMHead(torch.randn(2, 3), torch.randn(5, 3))
