@@ -98,6 +98,7 @@ def test_check_passes() -> None:
     assert [line["operation"] for line in report["results"]] == [
         "divergence",
         "linear_divergence",
+        "sparse_divergence",
         "token_statistics",
         "topk_logits",
     ]
@@ -136,11 +137,17 @@ def scale_gradients(*gradients: torch.Tensor | None) -> None:
         ),
         ("divergence_total", lambda _, given: scale_gradients(*given[-2:]), "divergence", "gradient to student, sum"),
         ("divergence_fused", lambda _, given: scale_gradients(*given[-2:]), "linear_divergence", "gradient to student"),
+        (
+            "sparse_divergence_fused",
+            lambda _, given: scale_gradients(given[-1]),
+            "sparse_divergence",
+            "gradient to student",
+        ),
         ("token_statistics", lambda values, _: scale_first(values), "token_statistics", ""),
         ("topk", lambda values, _: scale_first(values[1:]), "topk_logits", "log_probs"),
         ("topk", lambda values, _: values[0].add_(1), "topk_logits", "ids"),
     ],
-    ids=["forward", "backward", "total", "fused", "token_statistics", "topk", "topk ids"],
+    ids=["forward", "backward", "total", "fused", "sparse", "token_statistics", "topk", "topk ids"],
 )
 def test_check_finds_a_kernel_that_is_a_percent_off(
     monkeypatch: pytest.MonkeyPatch, kernel: str, spoil: Callable[[Any, Any], None], operation: str, quantity: str

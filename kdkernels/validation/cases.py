@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels.sources import Source
+from kdkernels.sources import Source, SparseTeacher
 
 __all__ = ["Case", "Inputs", "head_cases", "logit_cases"]
 
 IGNORE_INDEX = -100
 HIDDEN = {"student": 24, "teacher": 40}
+TOP = 16
+"""Ids per token that are picked, or that a truncated teacher names."""
 TINY_BUDGET = 1
 """Bytes for the logits of a head: far too few, so that every token is a chunk of its own."""
 
@@ -27,7 +29,7 @@ class Inputs(NamedTuple):
     """What gradients are wanted of, by name."""
     polluted: dict[str, Tensor]
     """The same, but with NaN at the tokens that do not count."""
-    sources: Callable[[dict[str, Tensor]], tuple[Source, Source]]
+    sources: Callable[[dict[str, Tensor]], tuple[Source, Source | SparseTeacher]]
     """Student and teacher, made from such leaves."""
     options: dict[str, Any]
     """Keyword arguments of ``distillation_loss``, as far as ``token_statistics`` has them too."""
@@ -85,6 +87,22 @@ class Case:
 
         return self.inputs(random, leaves, sources)
 
+    def truncated(self, dtype: torch.dtype, device: str) -> Inputs:
+        """The student is logits, of the teacher's only the largest are known. Those are data, the same in every dtype."""
+        both = self.logits(dtype, device)
+        student, teacher = both.leaves["student"], both.leaves["teacher"].float()
+        stored = kd.reference.topk_logits(teacher, min(TOP, self.vocab), vocab_size=self.vocab)
+
+        def sources(leaves: dict[str, Tensor]) -> tuple[Source, SparseTeacher]:
+            return leaves["student"], stored
+
+        return both._replace(
+            leaves={"student": student},
+            polluted={"student": both.polluted["student"]},
+            sources=sources,
+            options=both.options | {"teacher_temperature": stored.temperature},
+        )
+
     def heads(self, dtype: torch.dtype, device: str) -> Inputs:
         """Both sides are language-model heads of different widths."""
         random = Random(self, device)
@@ -115,7 +133,7 @@ class Case:
         self,
         random: Random,
         leaves: dict[str, Tensor],
-        sources: Callable[[dict[str, Tensor]], tuple[Source, Source]],
+        sources: Callable[[dict[str, Tensor]], tuple[Source, Source | SparseTeacher]],
     ) -> Inputs:
         options: dict[str, Any] = {"temperature": self.temperature, "teacher_temperature": self.teacher_temperature}
         loss_options: dict[str, Any] = {}

@@ -18,7 +18,7 @@ from torch import Tensor
 import kdkernels as kd
 from kdkernels.backends import NAMES, row_backend
 from kdkernels.divergences import Divergence
-from kdkernels.validation.cases import TINY_BUDGET, Case, Inputs, head_cases, logit_cases
+from kdkernels.validation.cases import TINY_BUDGET, TOP, Case, Inputs, head_cases, logit_cases
 
 __all__ = ["DTYPES", "KERNELS", "Finding", "Plan", "Target", "make_plan", "servers", "validate"]
 
@@ -35,9 +35,6 @@ HEAD_TOLERANCE = 4
 
 KERNELS = tuple(name for name in NAMES if name != "reference")
 """The backends that have kernels."""
-
-TOP = 16
-"""Ids per token that are picked."""
 
 SMALL_ROW = 0.1
 """Rows smaller than this part of the largest one are measured by that; a truth that vanishes altogether, by 1."""
@@ -103,10 +100,10 @@ def make_plan(
     for name in names:
         for divergence in divergences:
             plan += [Target("divergence", divergence, name, dtype, logits) for dtype in dtypes]
-        for divergence in divergences[
-            :: max(1, len(divergences) - 1)
-        ]:  # the first and the last: the row kernels are the same
-            plan += [Target("linear_divergence", divergence, name, dtype, heads) for dtype in dtypes]
+        # The first and the last: the row kernels are the same, or the same formulas.
+        some = divergences[:: max(1, len(divergences) - 1)]
+        for operation, cases in (("linear_divergence", heads), ("sparse_divergence", logits)):
+            plan += [Target(operation, divergence, name, dtype, cases) for divergence in some for dtype in dtypes]
         plan += [Target("token_statistics", None, name, dtype, logits) for dtype in dtypes]
         pickable = tuple(case for case in logits if case.pickable)
         plan += [Target("topk_logits", None, name, dtype, pickable) for dtype in dtypes]
@@ -118,8 +115,8 @@ def validate(target: Target, device: str) -> Iterator[Finding]:
     for case in target.cases:
         if case.teacher_dtype == target.dtype:
             continue
-        heads = target.operation == "linear_divergence"
-        inputs = case.heads(target.dtype, device) if heads else case.logits(target.dtype, device)
+        make = {"linear_divergence": case.heads, "sparse_divergence": case.truncated}.get(target.operation, case.logits)
+        inputs = make(target.dtype, device)
         arguments: dict[str, Any] = {"backend": target.backend}
         if case.many_chunks:
             arguments["memory_budget"] = TINY_BUDGET
