@@ -9,7 +9,7 @@ from kdkernels.arguments import Problem, Total
 from kdkernels.backends.rows import Scales
 from kdkernels.transforms import values_are_known
 
-__all__ = ["reduce_rows", "row_scales"]
+__all__ = ["reduce_rows", "row_scales", "weighted_sum"]
 
 
 def reduce_rows(values: Tensor, problem: Problem, total: Total) -> Tensor:
@@ -60,3 +60,9 @@ def row_scales(problem: Problem, total: Total) -> Scales:
         return (problem.student.tensor.new_ones(rows, dtype=problem.dtype) * factor).to(problem.dtype)
 
     return Scales(0.0, per_row(divergence), 0.0, None if problem.spec.labels is None else per_row(cross_entropy))
+
+
+def weighted_sum(scales: tuple[Tensor, Tensor | None], divergence: Tensor, cross_entropy: Tensor) -> Tensor:
+    """The sum over the rows ``[N]`` of scale times value; without a second scale there is no hard-label term."""
+    value = torch.dot(scales[0], divergence)
+    return value if scales[1] is None else value + torch.dot(scales[1], cross_entropy)

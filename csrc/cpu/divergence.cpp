@@ -116,8 +116,6 @@ class Row {
     return sum;
   }
 
-  static Tempering<Real> at_temperature_one(Real max) { return Tempering<Real>::at(max, log2_e); }
-
   // block = exp(block), in place.
   static void exponentials_of(Real* block, int64_t n) {
     alignas(64) Real exponents[block_size];
@@ -133,20 +131,12 @@ class Row {
     exponentials_of(student_logs, n);
   }
 
-  template <class Body>
-  void for_blocks(Body body) const {
-    for (int64_t start = 0; start < problem_.vocab; start += block_size) {
-      const int64_t left = problem_.vocab - start;
-      body(start, left < block_size ? left : block_size);
-    }
-  }
-
   // Sweep 1. The exponentials stay in the scratch rows if `keep`, else in the first-level cache.
   template <bool keep>
   void exponentials() {
     alignas(64) Real student_buffer[block_size], teacher_buffer[block_size];
     alignas(64) Real student_exp[block_size], teacher_exp[block_size];
-    for_blocks([&](int64_t start, int64_t n) {
+    for_blocks(problem_.vocab, [&](int64_t start, int64_t n) {
       const Real old_max = student_.max;
       Range<Real> student_range, teacher_range;
       const Real* s = student_.load(start, n, student_buffer, student_range);
@@ -173,8 +163,8 @@ class Row {
         scratch_.teacher_origin[start / block_size] = teacher_.tempering.origin;
       }
       if (label_temperature_differs_) {
-        const Tempering<Real> untempered = at_temperature_one(student_.max);
-        const double fall = untempered.distance(at_temperature_one(old_max).origin, untempered.origin);
+        const Tempering<Real> untempered = Tempering<Real>::at_temperature_one(student_.max);
+        const double fall = untempered.distance(Tempering<Real>::at_temperature_one(old_max).origin, untempered.origin);
         label_sum_ = label_sum_ * std::exp2(fall) + exp2_block(s, n, untempered, student_exp);
       }
     });
@@ -185,7 +175,8 @@ class Row {
 
   double cross_entropy() const {
     const double label_logit = student_.logit(problem_.labels[row_]);
-    return std::log(label_sum_) - at_temperature_one(student_.max).of(label_logit) * Stream<Real>::log_2;
+    return std::log(label_sum_) -
+           Tempering<Real>::at_temperature_one(student_.max).of(label_logit) * Stream<Real>::log_2;
   }
 
   // What turns the exponentials kept for a block into probabilities.
@@ -205,7 +196,7 @@ class Row {
       alignas(64) Real student_logs[block_size], teacher_logs[block_size];
       const bool keep_student = gradient && problem_.grad_student.data;
       const bool keep_teacher = gradient && problem_.grad_teacher.data;
-      for_blocks([&](int64_t start, int64_t n) {
+      for_blocks(problem_.vocab, [&](int64_t start, int64_t n) {
         if constexpr (Traits::logs_for_terms) load_log_probabilities(start, n, student_logs, teacher_logs);
         const Real student_scale = probability_scale(student_, scratch_.student_origin[start / block_size]);
         const Real teacher_scale = probability_scale(teacher_, scratch_.teacher_origin[start / block_size]);
@@ -269,7 +260,7 @@ class Row {
   void log_affinity() {
     alignas(64) Real student_logs[block_size], teacher_logs[block_size];
     double max = -1e300, sum = 0;
-    for_blocks([&](int64_t start, int64_t n) {
+    for_blocks(problem_.vocab, [&](int64_t start, int64_t n) {
       load_log_probabilities(start, n, student_logs, teacher_logs);
       const Real a = a_;
       Real block_max = static_cast<Real>(-1e30);
@@ -309,7 +300,7 @@ class Row {
     // A single gradient of the compute type is written in place, without a copy through the block.
     const bool direct_student = !to_teacher && student_row.direct(raw);
     const bool direct_teacher = !to_student && teacher_row.direct(raw);
-    for_blocks([&](int64_t start, int64_t n) {
+    for_blocks(problem_.vocab, [&](int64_t start, int64_t n) {
       alignas(64) Real student_block[block_size], teacher_block[block_size];
       alignas(64) Real student_logs[block_size], teacher_logs[block_size];
       const Real *s = nullptr, *t = nullptr;
@@ -339,7 +330,7 @@ class Row {
                          teacher_scale, student_logs, teacher_logs, student_out);
         if (label_softmax_apart) {
           const Real scale = static_cast<Real>(label_upstream / label_sum_);
-          exp2_block(s, n, at_temperature_one(student_.max), student_logs);  // whose logs have served
+          exp2_block(s, n, Tempering<Real>::at_temperature_one(student_.max), student_logs);  // whose logs have served
 #pragma omp simd
           for (int64_t i = 0; i < n; ++i) student_out[i] += scale * student_logs[i];
         }

@@ -16,6 +16,15 @@ namespace kd::KD_ISA {
 
 constexpr int64_t block_size = 1024;
 
+// body(start, length) for the blocks of a row, in their order.
+template <class Body>
+KD_INLINE void for_blocks(int64_t vocab, Body body) {
+  for (int64_t start = 0; start < vocab; start += block_size) {
+    const int64_t left = vocab - start;
+    body(start, left < block_size ? left : block_size);
+  }
+}
+
 // Logits are clamped here before anything else, so that a masked entry (-inf, or the lowest finite
 // number) has probability 0 and every quantity stays finite. NaN stays NaN.
 constexpr double logit_floor = -1e5;
@@ -223,6 +232,8 @@ struct Tempering {
     return (static_cast<double>(from) - static_cast<double>(to)) * static_cast<double>(scale);
   }
 #endif
+  static KD_INLINE Tempering at_temperature_one(Real max) { return at(max, static_cast<Real>(1.4426950408889634074)); }
+
   // The tempered logit that `origin` stands for.
   double of_origin() const { return -of(0); }
 };

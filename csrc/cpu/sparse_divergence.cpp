@@ -182,14 +182,6 @@ class SparseRow {
     if (is(Policy::drop) || !outside_) log_tail_ = nothing;
   }
 
-  template <class Body>
-  void for_blocks(Body body) const {
-    for (int64_t start = 0; start < problem_.vocab; start += block_size) {
-      const int64_t left = problem_.vocab - start;
-      body(start, left < block_size ? left : block_size);
-    }
-  }
-
   // Sweep 1. The exponentials stay in the scratch row if `keep`, else in the first-level cache.
   template <bool keep>
   void exponentials() {
@@ -197,7 +189,7 @@ class SparseRow {
     // Stands where a named logit was: so far below the floor that nothing of it remains, whatever the maximum.
     const Real hole = static_cast<Real>(2 * logit_floor - 1100 / static_cast<double>(student_.tempering.scale));
     int64_t next = 0;
-    for_blocks([&](int64_t start, int64_t n) {
+    for_blocks(problem_.vocab, [&](int64_t start, int64_t n) {
       Range<Real> range;
       const Real* s = student_.load(start, n, buffer, range);
       const int64_t first = next;
@@ -214,8 +206,8 @@ class SparseRow {
       student_.exponentiate(s, start, n, problem_.vocab, keep ? scratch_.exponentials + start : cached);
       if constexpr (keep) scratch_.origins[start / block_size] = student_.tempering.origin;
       if (label_temperature_differs_) {
-        const Tempering<Real> untempered = at_temperature_one(student_.max);
-        const double fall = untempered.distance(at_temperature_one(old_max).origin, untempered.origin);
+        const Tempering<Real> untempered = Tempering<Real>::at_temperature_one(student_.max);
+        const double fall = untempered.distance(Tempering<Real>::at_temperature_one(old_max).origin, untempered.origin);
         label_sum_ = label_sum_ * std::exp2(fall) + exp2_block(s, n, untempered, cached);
       }
       if (is(Policy::uniform)) {
@@ -228,8 +220,6 @@ class SparseRow {
       }
     });
   }
-
-  static Tempering<Real> at_temperature_one(Real max) { return Tempering<Real>::at(max, log2_e); }
 
   // The logarithm to the base 2 of the sum of 2^x over the row, x tempered; `rest` is the sum outside the entries,
   // relative to the origin of `outside`.
@@ -250,8 +240,8 @@ class SparseRow {
     rest_shift_ = student_.tempering.distance(student_.tempering.origin, whole_.origin);
     log_q_rest_ = outside_ ? (std::log2(student_.sum) + rest_shift_ - log2_total_) * log_2 : nothing;
     if (!label_temperature_differs_) return;
-    untempered_ = at_temperature_one(static_cast<Real>(max));
-    label_log2_total_ = log2_total(untempered_, at_temperature_one(student_.max), label_sum_);
+    untempered_ = Tempering<Real>::at_temperature_one(static_cast<Real>(max));
+    label_log2_total_ = log2_total(untempered_, Tempering<Real>::at_temperature_one(student_.max), label_sum_);
   }
 
   double cross_entropy() const {
@@ -351,7 +341,7 @@ class SparseRow {
     const bool reading = label_apart || student_.masked || student_.softcap != Real(0);
     const bool direct = gradient.direct(reading);
     int64_t next = 0;
-    for_blocks([&](int64_t start, int64_t n) {
+    for_blocks(problem_.vocab, [&](int64_t start, int64_t n) {
       alignas(64) Real logits[block_size], buffer[block_size];
       const Real* s = reading ? student_.load(start, n, logits) : nullptr;
       Real* out = direct ? gradient.at(start) : buffer;

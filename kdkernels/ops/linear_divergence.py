@@ -20,6 +20,7 @@ from kdkernels.backends.rows import RowSpec, Scales, Side, compute_dtype
 from kdkernels.ops.eager import save, saved, take_scaled, traced
 from kdkernels.ops.schema import SPEC, TAGS, has_labels, pack_spec, spec_gradients, unpack_spec
 from kdkernels.ops.second_order import differentiable_gradients
+from kdkernels.reductions import weighted_sum
 from kdkernels.reference import rows as reference
 
 __all__ = ["rows", "total"]
@@ -197,11 +198,6 @@ def rows(problem: Problem, memory_budget: int | None, backend: str) -> tuple[Ten
     else:
         values = forward(*arguments)
     return values
-
-
-def weighted_sum(scales: tuple[Tensor, Tensor | None], divergence: Tensor, cross_entropy: Tensor) -> Tensor:
-    value = torch.dot(scales[0], divergence)
-    return value if scales[1] is None else value + torch.dot(scales[1], cross_entropy)
 
 
 def forward_total(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:

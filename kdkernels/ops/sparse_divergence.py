@@ -21,6 +21,7 @@ from kdkernels.backends.sparse_rows import Records, SparseRows
 from kdkernels.ops.eager import save, saved, take_scaled, traced
 from kdkernels.ops.schema import SPEC, TAGS, has_labels, pack_spec, spec_gradients, unpack_spec
 from kdkernels.ops.second_order import differentiable_gradients
+from kdkernels.reductions import weighted_sum
 from kdkernels.reference import rows as reference
 from kdkernels.reference import sparse_divergence as sparse_reference
 
@@ -215,11 +216,6 @@ def rows(problem: Problem, memory_budget: int | None, backend: str) -> tuple[Ten
     else:
         values = forward(*arguments)
     return values
-
-
-def weighted_sum(scales: tuple[Tensor, Tensor | None], divergence: Tensor, cross_entropy: Tensor) -> Tensor:
-    value = torch.dot(scales[0], divergence)
-    return value if scales[1] is None else value + torch.dot(scales[1], cross_entropy)
 
 
 def forward_total(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
