@@ -3,9 +3,9 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from kdkernels import reference, store
-from kdkernels.arguments import debug
 from kdkernels.backends import BackendStatus, backends
 from kdkernels.backends.gradient_entries import GradientReport
+from kdkernels.debugging import debug
 from kdkernels.divergences import (
     JSD,
     TVD,

@@ -463,7 +463,7 @@ def test_error_of_autocast_free_heads_says_when_dtypes_may_differ() -> None:
 
 
 def test_debug_holds_until_told_otherwise_or_for_a_block() -> None:
-    from kdkernels.arguments import values_are_checked
+    from kdkernels.debugging import values_are_checked
 
     elsewhere = torch.empty(1, device="meta")
     assert not values_are_checked(elsewhere)

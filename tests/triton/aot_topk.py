@@ -35,20 +35,20 @@ def spilled_bytes(case: Case) -> int:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kdkernels.backends.triton import _KEYS, _PICKING_TILE, _PICKING_WARPS
+    from kdkernels.backends.triton.topk import KEYS, PICKING_TILE, PICKING_WARPS
 
     kernel = getattr(topk, f"{case.kernel}_kernel")
     target = GPUTarget(*aot.TARGETS[case.target])
     compute = "fp64" if case.dtype == "fp64" else "fp32"
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-    shift, passes = _KEYS[names[case.dtype]]
+    shift, passes = KEYS[names[case.dtype]]
     constants = {
         "HAS_CAP": case.softcap,
         "COMPUTE": tl.float64 if compute == "fp64" else tl.float32,
         "SHIFT": shift,
         "PASSES": passes,
-        "TILE": _PICKING_TILE,
-        "BLOCK": _PICKING_TILE,
+        "TILE": PICKING_TILE,
+        "BLOCK": PICKING_TILE,
         "WIDTH": 16 // aot.ITEMSIZE[case.dtype] if case.aligned else 1,
     }
     types = {"source": f"*{case.dtype}", "vocab_size": "i32", "k": "i32", "sums": "*fp64", "fractions": "*fp64"}
@@ -63,7 +63,7 @@ def spilled_bytes(case: Case) -> int:
     pointers = [index for index, kind in enumerate(signature.values()) if kind.startswith("*")]
     attributes = {(index,): [["tt.divisibility", 16]] for index in pointers} if case.aligned else {}
     compiled = triton.compile(
-        ASTSource(kernel, signature, constexprs, attributes), target=target, options={"num_warps": _PICKING_WARPS}
+        ASTSource(kernel, signature, constexprs, attributes), target=target, options={"num_warps": PICKING_WARPS}
     )
     read = aot._read_cuda if target.backend == "cuda" else aot._read_hip
     return int(read(compiled.asm)["spilled_bytes"])

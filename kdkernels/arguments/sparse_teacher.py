@@ -1,4 +1,4 @@
-"""Sparse teachers, checked and brought into rows: what ``arguments`` does for logits and heads."""
+"""Sparse teachers, checked and brought into rows: what ``rows`` does for logits and heads."""
 
 from __future__ import annotations
 

@@ -1,0 +1,23 @@
+"""Public arguments, checked and brought into the shape that operators work on: rows ``[N, ...]``.
+
+Every refusal happens here, before a kernel runs, and names the argument, what was given and what is allowed.
+"""
+
+from kdkernels.arguments.divergence import Total, prepare_loss, prepare_statistics, with_tolerance
+from kdkernels.arguments.records import pack_rows, unpack_rows
+from kdkernels.arguments.rows import Problem, check_memory_budget
+from kdkernels.arguments.topk import Picking, prepare_sample, prepare_topk
+
+__all__ = [
+    "Picking",
+    "Problem",
+    "Total",
+    "check_memory_budget",
+    "pack_rows",
+    "prepare_loss",
+    "prepare_sample",
+    "prepare_statistics",
+    "prepare_topk",
+    "unpack_rows",
+    "with_tolerance",
+]

@@ -1,0 +1,167 @@
+"""The arguments of ``distillation_loss`` and ``token_statistics``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdkernels.arguments import sparse_teacher
+from kdkernels.arguments.rows import CPU, INTEGER_DTYPES, Problem, active_rows, pair, per_token, side, temperature
+from kdkernels.backends.rows import RowSpec
+from kdkernels.checks import LOGIT_DTYPES, check_choice, check_flag, check_real
+from kdkernels.debugging import values_are_checked
+from kdkernels.divergences import Divergence, Form
+from kdkernels.sources import (
+    PackedLogits,
+    SampledLogits,
+    Source,
+    SparseTeacher,
+    TopKLogits,
+)
+
+__all__ = ["REAL_DTYPES", "Total", "prepare_loss", "prepare_statistics", "with_tolerance"]
+
+REDUCTIONS = ("none", "sum", "mean")
+
+ROUNDINGS = ("nearest", "stochastic")
+
+REAL_DTYPES = LOGIT_DTYPES + INTEGER_DTYPES
+
+
+class Total(NamedTuple):
+    """How the rows of a loss are scaled and summed. Weights are ``[N]`` of the compute type."""
+
+    reduction: str
+    divergence_scale: float | Tensor
+    cross_entropy_scale: float
+    weight: Tensor | None
+    normalizer: float | Tensor | None
+
+
+def sparse_pair(
+    student: Source,
+    teacher: SparseTeacher,
+    divergence: Divergence,
+    vocab_size: int | None,
+    student_temperature: float | Tensor,
+    teacher_temperature: float | Tensor | None,
+) -> Problem:
+    student_side, shape, vocab = side("student", student, vocab_size)
+    device = student_side.tensor.device
+    sparse_teacher.check_divergence(divergence, sparse_teacher.policy_of(teacher))
+    rows = sparse_teacher.sparse_rows(teacher, shape, vocab, device)
+    dtype = torch.float64 if student_side.tensor.dtype == torch.float64 else torch.float32
+    number = temperature("temperature", student_temperature, shape, device, dtype)
+    teachers = number
+    if teacher_temperature is not None:
+        teachers = temperature("teacher_temperature", teacher_temperature, shape, device, dtype)
+    relative = sparse_teacher.relative_temperature(teacher, *teachers, of_student=teacher_temperature is None)
+    spec = RowSpec(*divergence.form, *number, *relative, student_side.softcap)
+    return Problem(student_side, None, shape, vocab, dtype, spec, rows)
+
+
+def check_normalizer(normalizer: object, device: torch.device) -> None:
+    if not isinstance(normalizer, Tensor):
+        check_real("normalizer", normalizer, positive=True)
+        return
+    if normalizer.dim() != 0 or normalizer.dtype not in REAL_DTYPES:
+        raise TypeError(
+            f"normalizer must be a number or a 0-d real tensor, got {normalizer.dtype} {tuple(normalizer.shape)}"
+        )
+    if normalizer.device not in (device, CPU):
+        raise ValueError(f"normalizer is on {normalizer.device}, the student on {device}")
+    if values_are_checked(normalizer):
+        check_real("normalizer", normalizer.item(), positive=True)
+
+
+def prepare_loss(
+    student: Source,
+    teacher: Source | SparseTeacher,
+    divergence: Divergence,
+    *,
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor | None,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    labels: Tensor | None,
+    ignore_index: int,
+    ce_weight: float,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    temperature_squared: bool,
+    vocab_size: int | None,
+) -> tuple[Problem, Total]:
+    """Checks the arguments of ``distillation_loss``."""
+    if not isinstance(divergence, Divergence):
+        hint = f"{divergence.__name__}()" if isinstance(divergence, type) else "kd.ForwardKL()"
+        raise TypeError(f"divergence must be an instance such as {hint}, got {divergence!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if teacher is None:
+        raise TypeError("teacher must be a tensor of logits, kd.Logits, kd.LMHead or a sparse teacher, got None")
+    ce_weight = check_real("ce_weight", ce_weight)
+    if ce_weight != 0 and labels is None:
+        raise ValueError(f"ce_weight={ce_weight} asks for a hard-label term, which needs labels")
+    if isinstance(teacher, TopKLogits | SampledLogits | PackedLogits):
+        problem = sparse_pair(student, teacher, divergence, vocab_size, temperature, teacher_temperature)
+    else:
+        problem = pair(student, teacher, divergence.form, vocab_size, temperature, teacher_temperature)
+    if normalizer is not None:
+        if reduction != "mean":
+            raise ValueError(
+                f"normalizer replaces the count of reduction='mean'; it cannot go with reduction={reduction!r}"
+            )
+        check_normalizer(normalizer, problem.student.tensor.device)
+    if mask is not None or labels is not None:
+        problem = active_rows(problem, mask, labels, ignore_index)
+        if ce_weight == 0:
+            problem = problem._replace(spec=problem.spec._replace(labels=None))
+    spec = problem.spec
+    if problem.sparse is not None:
+        sparse_teacher.check_values(problem.sparse, problem.vocab, spec.active)
+    if weight is not None:
+        device = problem.student.tensor.device
+        weight = per_token("weight", "real", weight, REAL_DTYPES, problem.batch_shape, device).to(problem.dtype)
+        if spec.active is not None:
+            weight = weight.masked_fill(~spec.active, 0.0)
+    scale: float | Tensor = 1.0
+    if check_flag("temperature_squared", temperature_squared):
+        rows = spec.student_temperatures
+        scale = spec.student_temperature**2 if rows is None else rows.square()
+    return problem, Total(reduction, scale, ce_weight, weight, normalizer)
+
+
+def prepare_statistics(
+    student: Source,
+    teacher: Source | None,
+    *,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    ignore_index: int,
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor | None,
+    vocab_size: int | None,
+) -> Problem:
+    """Checks the arguments of ``token_statistics``."""
+    problem = pair(student, teacher, Form(0), vocab_size, temperature, teacher_temperature)
+    return active_rows(problem, mask, labels, ignore_index)
+
+
+def with_tolerance(problem: Problem, tolerance: float, rounding: str, generator: torch.Generator | None) -> Problem:
+    """Says what the logit gradients of LM heads may leave out."""
+    eps = check_real("gradient_tolerance", tolerance)
+    if not 0 <= eps < 1:
+        raise ValueError(f"gradient_tolerance must be at least 0 and less than 1, got {tolerance!r}")
+    stochastic = check_choice("gradient_rounding", rounding, ROUNDINGS) == "stochastic"
+    if generator is not None:
+        if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+            given = f"one on {generator.device}" if isinstance(generator, torch.Generator) else type(generator).__name__
+            raise TypeError(f"generator must be a torch.Generator on the CPU, got {given}")
+        if not stochastic:
+            raise ValueError(f"generator is for gradient_rounding='stochastic', not for {rounding!r}")
+    if eps == 0:
+        return problem
+    seed = torch.randint(1 << 62, (), generator=generator) if stochastic else None
+    return problem._replace(spec=problem.spec._replace(gradient_tolerance=eps, gradient_seed=seed))

@@ -1,0 +1,34 @@
+"""The native CPU backend: hands addresses of torch tensors to the C++ kernels (families in ``csrc/cpu``)."""
+
+from kdkernels.backends.cpu.divergence import (
+    SAVED_STATISTICS,
+    divergence_backward,
+    divergence_forward,
+    divergence_fused,
+    divergence_total,
+)
+from kdkernels.backends.cpu.gradient_entries import collect_entries, expand_entries, sparse_products
+from kdkernels.backends.cpu.launching import status, supports
+from kdkernels.backends.cpu.records import pack_records, unpack_records
+from kdkernels.backends.cpu.sparse_divergence import sparse_divergence_fused
+from kdkernels.backends.cpu.token_statistics import token_statistics
+from kdkernels.backends.cpu.topk import sample, topk
+
+__all__ = [
+    "SAVED_STATISTICS",
+    "collect_entries",
+    "divergence_backward",
+    "divergence_forward",
+    "divergence_fused",
+    "divergence_total",
+    "expand_entries",
+    "pack_records",
+    "sample",
+    "sparse_divergence_fused",
+    "sparse_products",
+    "status",
+    "supports",
+    "token_statistics",
+    "topk",
+    "unpack_records",
+]

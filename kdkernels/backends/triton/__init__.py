@@ -1,0 +1,30 @@
+"""The Triton backend: launches the kernels of ``kdkernels.triton_kernels`` on CUDA and ROCm tensors.
+
+With ``TRITON_INTERPRET=1`` set before triton is imported, they run in Triton's interpreter instead, on CPU tensors.
+"""
+
+from kdkernels.backends.triton.divergence import (
+    SAVED_STATISTICS,
+    divergence_backward,
+    divergence_forward,
+    divergence_fused,
+)
+from kdkernels.backends.triton.launching import status, supports
+from kdkernels.backends.triton.records import unpack_records
+from kdkernels.backends.triton.sparse_divergence import sparse_divergence_fused
+from kdkernels.backends.triton.token_statistics import token_statistics
+from kdkernels.backends.triton.topk import sample, topk
+
+__all__ = [
+    "SAVED_STATISTICS",
+    "divergence_backward",
+    "divergence_forward",
+    "divergence_fused",
+    "sample",
+    "sparse_divergence_fused",
+    "status",
+    "supports",
+    "token_statistics",
+    "topk",
+    "unpack_records",
+]

@@ -1,0 +1,38 @@
+"""The family token_statistics in Triton."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdkernels.backends.rows import STATISTICS, RowSpec, compute_dtype
+from kdkernels.backends.triton.launching import load_kernels, on_device_of, prepare_launch, row_arguments
+
+__all__ = ["token_statistics"]
+
+
+def token_statistics(student: Tensor, teacher: Tensor | None, spec: RowSpec) -> tuple[Tensor, Tensor]:
+    """(values [N, 10], columns as `rows.STATISTICS` names them; argmax int64 [N, 2])."""
+    rows, vocab_size = student.shape
+    launch = prepare_launch(student, teacher)
+    values = torch.empty(rows, len(STATISTICS), dtype=compute_dtype(student, teacher), device=student.device)
+    argmax = torch.empty(rows, 2, dtype=torch.int64, device=student.device)
+    if rows:
+        with on_device_of(student):
+            load_kernels().token_statistics.token_statistics_kernel[(rows,)](
+                student,
+                teacher,
+                launch.stride(student),
+                launch.stride(teacher),
+                vocab_size,
+                values,
+                argmax,
+                spec.labels,
+                **row_arguments(spec),
+                COMPUTE=launch.compute,
+                UNROLL=launch.unroll,
+                LANES=launch.lanes,
+                WIDTH=launch.width,
+                num_warps=launch.num_warps,
+            )
+    return values, argmax
