@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from kdkernels.arguments import sparse_teacher
-from kdkernels.arguments.rows import CPU, INTEGER_DTYPES, Problem, active_rows, pair, per_token, side, temperature
+from kdkernels.arguments.rows import CPU, REAL_DTYPES, Problem, active_rows, pair, per_token, side, temperature
 from kdkernels.backends.rows import RowSpec
-from kdkernels.checks import LOGIT_DTYPES, check_choice, check_flag, check_real
+from kdkernels.checks import check_choice, check_flag, check_real
 from kdkernels.debugging import values_are_checked
 from kdkernels.divergences import Divergence, Form
 from kdkernels.sources import (
@@ -21,13 +21,11 @@ from kdkernels.sources import (
     TopKLogits,
 )
 
-__all__ = ["REAL_DTYPES", "Total", "prepare_loss", "prepare_statistics", "with_tolerance"]
+__all__ = ["Total", "prepare_loss", "prepare_statistics", "with_tolerance"]
 
 REDUCTIONS = ("none", "sum", "mean")
 
 ROUNDINGS = ("nearest", "stochastic")
-
-REAL_DTYPES = LOGIT_DTYPES + INTEGER_DTYPES
 
 
 class Total(NamedTuple):

@@ -9,11 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels.arguments.divergence import REAL_DTYPES
 from kdkernels.autocast import autocast_dtype
 from kdkernels.backends.rows import RowSpec, Side
 from kdkernels.backends.sparse_rows import SparseRows
-from kdkernels.checks import check_floating, check_integer, check_real
+from kdkernels.checks import LOGIT_DTYPES, check_floating, check_integer, check_real
 from kdkernels.debugging import values_are_checked
 from kdkernels.divergences import Form
 from kdkernels.sources import (
@@ -25,6 +24,7 @@ from kdkernels.sources import (
 __all__ = [
     "CPU",
     "INTEGER_DTYPES",
+    "REAL_DTYPES",
     "Problem",
     "active_rows",
     "check_memory_budget",
@@ -37,6 +37,7 @@ __all__ = [
 CPU = torch.device("cpu")
 
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+REAL_DTYPES = LOGIT_DTYPES + INTEGER_DTYPES
 
 
 class Problem(NamedTuple):
