@@ -20,9 +20,10 @@ from kdkernels.divergences import (
     SkewForwardKL,
     SkewReverseKL,
 )
-from kdkernels.functional import distillation_loss, pack, sample_logits, token_statistics, topk_logits, unpack
+from kdkernels.functional import distillation_loss, pack, sample_logits, sinkhorn, token_statistics, topk_logits, unpack
 from kdkernels.sources import LMHead, Logits, PackedLogits, SampledLogits, TopKLogits
 from kdkernels.statistics import TokenStatistics
+from kdkernels.transport import SinkhornResult
 
 try:
     __version__ = version("kdkernels")
@@ -46,6 +47,7 @@ __all__ = [
     "Renyi",
     "ReverseKL",
     "SampledLogits",
+    "SinkhornResult",
     "SkewForwardKL",
     "SkewReverseKL",
     "TokenStatistics",
@@ -56,6 +58,7 @@ __all__ = [
     "pack",
     "reference",
     "sample_logits",
+    "sinkhorn",
     "store",
     "token_statistics",
     "topk_logits",
