@@ -20,7 +20,18 @@ from kdkernels.divergences import (
     SkewForwardKL,
     SkewReverseKL,
 )
-from kdkernels.functional import distillation_loss, pack, sample_logits, sinkhorn, token_statistics, topk_logits, unpack
+from kdkernels.functional import (
+    distillation_loss,
+    pack,
+    pairwise_cosine,
+    pairwise_l1,
+    pairwise_sqeuclidean,
+    sample_logits,
+    sinkhorn,
+    token_statistics,
+    topk_logits,
+    unpack,
+)
 from kdkernels.sources import LMHead, Logits, PackedLogits, SampledLogits, TopKLogits
 from kdkernels.statistics import TokenStatistics
 from kdkernels.transport import SinkhornResult
@@ -56,6 +67,9 @@ __all__ = [
     "debug",
     "distillation_loss",
     "pack",
+    "pairwise_cosine",
+    "pairwise_l1",
+    "pairwise_sqeuclidean",
     "reference",
     "sample_logits",
     "sinkhorn",
