@@ -20,7 +20,15 @@ from kdkernels.divergences import (
     SkewForwardKL,
     SkewReverseKL,
 )
-from kdkernels.functional import distillation_loss, pack, sample_logits, token_statistics, topk_logits, unpack
+from kdkernels.functional import (
+    distillation_loss,
+    pack,
+    sample_logits,
+    sorted_l1,
+    token_statistics,
+    topk_logits,
+    unpack,
+)
 from kdkernels.sources import LMHead, Logits, PackedLogits, SampledLogits, TopKLogits
 from kdkernels.statistics import TokenStatistics
 
@@ -56,6 +64,7 @@ __all__ = [
     "pack",
     "reference",
     "sample_logits",
+    "sorted_l1",
     "store",
     "token_statistics",
     "topk_logits",

@@ -6,6 +6,7 @@ Every refusal happens here, before a kernel runs, and names the argument, what w
 from kdkernels.arguments.divergence import Total, prepare_loss, prepare_statistics, with_tolerance
 from kdkernels.arguments.records import pack_rows, unpack_rows
 from kdkernels.arguments.rows import Problem, check_memory_budget
+from kdkernels.arguments.sorted_l1 import prepare_sorted_l1
 from kdkernels.arguments.topk import Picking, prepare_sample, prepare_topk
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "pack_rows",
     "prepare_loss",
     "prepare_sample",
+    "prepare_sorted_l1",
     "prepare_statistics",
     "prepare_topk",
     "unpack_rows",

@@ -143,7 +143,10 @@ def pair(
     vocab_size: int | None,
     student_temperature: float | Tensor,
     teacher_temperature: float | Tensor | None,
+    *,
+    same_vocabulary: bool = True,
 ) -> Problem:
+    """Two sources of the same tokens; where their vocabularies may differ, ``Problem.vocab`` is the student's."""
     student_side, shape, vocab = side("student", student, vocab_size)
     device = student_side.tensor.device
     double = student_side.tensor.dtype == torch.float64
@@ -155,7 +158,7 @@ def pair(
                 f"student and teacher must have the same tokens: the student's batch has the shape {tuple(shape)}, "
                 f"the teacher's {tuple(teacher_shape)}"
             )
-        if teacher_vocab != vocab:
+        if same_vocabulary and teacher_vocab != vocab:
             raise ValueError(
                 f"student and teacher have vocabularies of {vocab} and {teacher_vocab} entries. If the larger is the "
                 f"same vocabulary with padding, use vocab_size={min(vocab, teacher_vocab)}; different tokenizers need "

@@ -15,44 +15,30 @@ from torch import Tensor
 
 from kdkernels.arguments import Problem
 from kdkernels.backends import chunked_head
-from kdkernels.backends.chunked_head import Needs, SideGradients
-from kdkernels.backends.rows import RowSpec, Scales, Side, compute_dtype
+from kdkernels.backends.rows import RowSpec, Scales, compute_dtype
 from kdkernels.ops.eager import save, saved, take_scaled, traced
 from kdkernels.ops.schema import SPEC, TAGS, has_labels, pack_spec, spec_gradients, unpack_spec
 from kdkernels.ops.second_order import differentiable_gradients
+from kdkernels.ops.sides import (
+    SIDES,
+    SIDES_LENGTH,
+    TENSORS,
+    Arguments,
+    gradients_like,
+    or_empty,
+    pack,
+    scattered,
+    side_needs,
+    unpack,
+    wanted_gradients,
+)
 from kdkernels.reductions import weighted_sum
 from kdkernels.reference import rows as reference
 
 __all__ = ["rows", "total"]
 
-SIDES = (
-    "Tensor student, Tensor? student_weight, Tensor? student_bias, float student_scale, "
-    "Tensor teacher, Tensor? teacher_weight, Tensor? teacher_bias, float teacher_scale"
-)
 OPTIONS = f"int? memory_budget, str backend, {SPEC}"
-TENSORS = (0, 1, 2, 4, 5, 6)
-"""Where the tensors stand among the arguments of ``SIDES``."""
-SIDES_LENGTH = 8
 OPTIONS_LENGTH = 2 + len(spec_gradients())
-
-Arguments = tuple[Any, ...]
-
-
-def unpack(sides: Arguments) -> tuple[Side, Side]:
-    return Side(*sides[:4]), Side(*sides[4:])
-
-
-def pack(problem: Problem) -> Arguments:
-    assert problem.teacher is not None
-    return (*problem.student[:4], *problem.teacher[:4])
-
-
-def side_needs(wanted: list[bool]) -> tuple[Needs, Needs]:
-    return Needs(*wanted[:3]), Needs(*wanted[3:])
-
-
-def wanted_gradients(sides: Arguments) -> list[bool]:
-    return [sides[place] is not None and sides[place].requires_grad for place in TENSORS]
 
 
 def values_like(sides: Arguments, packed: Arguments) -> tuple[Tensor, Tensor]:
@@ -60,25 +46,6 @@ def values_like(sides: Arguments, packed: Arguments) -> tuple[Tensor, Tensor]:
     student, teacher = sides[0], sides[4]
     divergence = student.new_empty(student.shape[0], dtype=compute_dtype(student, teacher))
     return divergence, divergence.new_empty(student.shape[0] if has_labels(packed) else 0)
-
-
-def gradients_like(sides: Arguments, wanted: list[bool]) -> list[Tensor]:
-    tensors = [sides[place] for place in TENSORS]
-    return [
-        sides[0].new_empty(0) if not want else tensor.new_empty(tensor.shape)
-        for tensor, want in zip(tensors, wanted, strict=True)
-    ]
-
-
-def or_empty(gradients: tuple[SideGradients, SideGradients], like: Tensor) -> list[Tensor]:
-    """An operator returns an empty tensor for a gradient that is not wanted."""
-    return [like.new_empty(0) if gradient is None else gradient for side in gradients for gradient in side]
-
-
-def scattered(gradients: list[Tensor | None]) -> Arguments:
-    """The gradients at the places of ``SIDES``."""
-    places = dict(zip(TENSORS, gradients, strict=True))
-    return tuple(places.get(place) for place in range(SIDES_LENGTH))
 
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -112,7 +79,7 @@ def backward(*arguments: Any) -> list[Tensor]:
         memory_budget,
         backend,
     )
-    return or_empty((gradients[0], gradients[1]), sides[0])
+    return or_empty((*gradients[0], *gradients[1]), sides[0])
 
 
 linear_divergence_backward_op = torch.library.custom_op(
@@ -215,7 +182,7 @@ def forward_total(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]
         backend,
     )
     value = weighted_sum((divergence_scale, cross_entropy_scale), divergence, cross_entropy)
-    return value, divergence, cross_entropy, or_empty((gradients[0], gradients[1]), sides[0])
+    return value, divergence, cross_entropy, or_empty((*gradients[0], *gradients[1]), sides[0])
 
 
 linear_divergence_total_op = torch.library.custom_op(
