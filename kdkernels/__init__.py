@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from kdkernels import reference, store
+from kdkernels import alignment, reference, store
 from kdkernels.backends import BackendStatus, backends
 from kdkernels.backends.gradient_entries import GradientReport
 from kdkernels.debugging import debug
@@ -64,6 +64,7 @@ __all__ = [
     "SkewReverseKL",
     "TokenStatistics",
     "TopKLogits",
+    "alignment",
     "backends",
     "debug",
     "distillation_loss",
