@@ -64,13 +64,14 @@ struct Kernels {
   bool (*sample)(const SampleProblem&);
   void (*pairwise_normalisers)(const PairNormalisers&);
   bool (*pairwise_l1)(const PairProblem&);
+  bool (*sorted_l1)(const SortedL1Problem&);
 };
 
 #define KD_KERNELS(isa)                                                                                              \
   Kernels {                                                                                                          \
     #isa, isa::divergence, isa::token_statistics, isa::sparse_divergence, isa::collect_entries, isa::expand_entries, \
         isa::sparse_products, isa::pack_records, isa::unpack_records, isa::topk, isa::sample,                        \
-        isa::pairwise_normalisers, isa::pairwise_l1                                                                  \
+        isa::pairwise_normalisers, isa::pairwise_l1, isa::sorted_l1                                                  \
   }
 
 bool processor_has(const std::string& isa) {
@@ -462,6 +463,35 @@ void pairwise_l1(int threads, bool compute_double, int64_t problems, int64_t voc
   if (!done) throw std::bad_alloc();
 }
 
+void sorted_l1(int threads, bool compute_double, int64_t rows, int64_t student_vocab, int64_t teacher_vocab,
+               Address student, int64_t student_stride, int student_dtype, Address teacher, int64_t teacher_stride,
+               int teacher_dtype, double student_temperature, Address student_temperatures, double teacher_temperature,
+               Address teacher_temperatures, double student_softcap, double teacher_softcap, Address active,
+               double error_bound, Address values, Address omitted, Address grad_values, Address grad_student,
+               int64_t grad_student_stride, Address grad_teacher, int64_t grad_teacher_stride) {
+  SortedL1Problem problem;
+  problem.rows = rows;
+  problem.vocab = student_vocab + teacher_vocab;
+  problem.threads = threads;
+  problem.compute_double = compute_double;
+  problem.student = matrix(student, student_stride, student_dtype);
+  problem.teacher = matrix(teacher, teacher_stride, teacher_dtype);
+  problem.student_vocab = student_vocab;
+  problem.teacher_vocab = teacher_vocab;
+  problem.student_temperature = per_row(student_temperature, student_temperatures);
+  problem.teacher_temperature = per_row(teacher_temperature, teacher_temperatures);
+  problem.student_softcap = student_softcap;
+  problem.teacher_softcap = teacher_softcap;
+  problem.active = reinterpret_cast<const uint8_t*>(active);
+  problem.error_bound = error_bound;
+  problem.values = reinterpret_cast<void*>(values);
+  problem.omitted = reinterpret_cast<void*>(omitted);
+  problem.grad_values = per_row(1, grad_values);
+  problem.grad_student = matrix(grad_student, grad_student_stride, student_dtype);
+  problem.grad_teacher = matrix(grad_teacher, grad_teacher_stride, teacher_dtype);
+  run(chosen().sorted_l1, problem);
+}
+
 }  // namespace
 }  // namespace kd
 
@@ -479,6 +509,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("sample", &kd::sample);
   module.def("pairwise_normalisers", &kd::pairwise_normalisers);
   module.def("pairwise_l1", &kd::pairwise_l1);
+  module.def("sorted_l1", &kd::sorted_l1);
   module.def("isa", [] { return kd::chosen().name; }, "Instruction set of the kernels in use.");
   module.def(
       "isas",
