@@ -20,7 +20,16 @@ from kdkernels.divergences import (
     SkewForwardKL,
     SkewReverseKL,
 )
-from kdkernels.functional import distillation_loss, pack, sample_logits, token_statistics, topk_logits, unpack
+from kdkernels.functional import (
+    distillation_loss,
+    pack,
+    sample_logits,
+    token_log_probs,
+    token_set_log_probs,
+    token_statistics,
+    topk_logits,
+    unpack,
+)
 from kdkernels.sources import LMHead, Logits, PackedLogits, SampledLogits, TopKLogits
 from kdkernels.statistics import TokenStatistics
 
@@ -58,6 +67,8 @@ __all__ = [
     "reference",
     "sample_logits",
     "store",
+    "token_log_probs",
+    "token_set_log_probs",
     "token_statistics",
     "topk_logits",
     "unpack",

@@ -6,17 +6,21 @@ Every refusal happens here, before a kernel runs, and names the argument, what w
 from kdkernels.arguments.divergence import Total, prepare_loss, prepare_statistics, with_tolerance
 from kdkernels.arguments.records import pack_rows, unpack_rows
 from kdkernels.arguments.rows import Problem, check_memory_budget
+from kdkernels.arguments.token_log_probs import SetProblem, prepare_token_log_probs, prepare_token_set
 from kdkernels.arguments.topk import Picking, prepare_sample, prepare_topk
 
 __all__ = [
     "Picking",
     "Problem",
+    "SetProblem",
     "Total",
     "check_memory_budget",
     "pack_rows",
     "prepare_loss",
     "prepare_sample",
     "prepare_statistics",
+    "prepare_token_log_probs",
+    "prepare_token_set",
     "prepare_topk",
     "unpack_rows",
     "with_tolerance",

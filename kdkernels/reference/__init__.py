@@ -2,7 +2,17 @@
 
 from kdkernels.reference.divergence import distillation_loss
 from kdkernels.reference.records import pack, unpack
+from kdkernels.reference.token_log_probs import token_log_probs, token_set_log_probs
 from kdkernels.reference.token_statistics import token_statistics
 from kdkernels.reference.topk import sample_logits, topk_logits
 
-__all__ = ["distillation_loss", "pack", "sample_logits", "token_statistics", "topk_logits", "unpack"]
+__all__ = [
+    "distillation_loss",
+    "pack",
+    "sample_logits",
+    "token_log_probs",
+    "token_set_log_probs",
+    "token_statistics",
+    "topk_logits",
+    "unpack",
+]
