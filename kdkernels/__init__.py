@@ -30,8 +30,10 @@ from kdkernels.functional import (
     topk_logits,
     unpack,
 )
+from kdkernels.functional import distillation_loss, pack, sample_logits, sinkhorn, token_statistics, topk_logits, unpack
 from kdkernels.sources import LMHead, Logits, PackedLogits, SampledLogits, TopKLogits
 from kdkernels.statistics import TokenStatistics
+from kdkernels.transport import SinkhornResult
 
 try:
     __version__ = version("kdkernels")
@@ -55,6 +57,7 @@ __all__ = [
     "Renyi",
     "ReverseKL",
     "SampledLogits",
+    "SinkhornResult",
     "SkewForwardKL",
     "SkewReverseKL",
     "TokenStatistics",
@@ -66,6 +69,7 @@ __all__ = [
     "pack",
     "reference",
     "sample_logits",
+    "sinkhorn",
     "store",
     "token_log_probs",
     "token_set_log_probs",

@@ -7,6 +7,7 @@ from kdkernels.arguments.divergence import Total, prepare_loss, prepare_statisti
 from kdkernels.arguments.records import pack_rows, unpack_rows
 from kdkernels.arguments.rows import Problem, check_memory_budget
 from kdkernels.arguments.token_log_probs import SetProblem, prepare_token_log_probs, prepare_token_set
+from kdkernels.arguments.sinkhorn import Transport, prepare_sinkhorn
 from kdkernels.arguments.topk import Picking, prepare_sample, prepare_topk
 
 __all__ = [
@@ -14,10 +15,12 @@ __all__ = [
     "Problem",
     "SetProblem",
     "Total",
+    "Transport",
     "check_memory_budget",
     "pack_rows",
     "prepare_loss",
     "prepare_sample",
+    "prepare_sinkhorn",
     "prepare_statistics",
     "prepare_token_log_probs",
     "prepare_token_set",

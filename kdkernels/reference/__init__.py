@@ -16,3 +16,8 @@ __all__ = [
     "topk_logits",
     "unpack",
 ]
+from kdkernels.reference.sinkhorn import sinkhorn
+from kdkernels.reference.token_statistics import token_statistics
+from kdkernels.reference.topk import sample_logits, topk_logits
+
+__all__ = ["distillation_loss", "pack", "sample_logits", "sinkhorn", "token_statistics", "topk_logits", "unpack"]
