@@ -4,6 +4,8 @@ Every refusal happens here, before a kernel runs, and names the argument, what w
 """
 
 from kdkernels.arguments.divergence import Total, prepare_loss, prepare_statistics, with_tolerance
+from kdkernels.arguments.pairwise_hidden import hidden_pairs
+from kdkernels.arguments.pairwise_l1 import Pairs, prepare_pairs
 from kdkernels.arguments.records import pack_rows, unpack_rows
 from kdkernels.arguments.rows import Problem, check_memory_budget
 from kdkernels.arguments.token_log_probs import SetProblem, prepare_token_log_probs, prepare_token_set
@@ -11,14 +13,17 @@ from kdkernels.arguments.sinkhorn import Transport, prepare_sinkhorn
 from kdkernels.arguments.topk import Picking, prepare_sample, prepare_topk
 
 __all__ = [
+    "Pairs",
     "Picking",
     "Problem",
     "SetProblem",
     "Total",
     "Transport",
     "check_memory_budget",
+    "hidden_pairs",
     "pack_rows",
     "prepare_loss",
+    "prepare_pairs",
     "prepare_sample",
     "prepare_sinkhorn",
     "prepare_statistics",

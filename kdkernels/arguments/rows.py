@@ -28,6 +28,8 @@ __all__ = [
     "Problem",
     "active_rows",
     "check_memory_budget",
+    "check_same_device",
+    "check_same_vocab",
     "pair",
     "per_token",
     "side",
@@ -136,6 +138,21 @@ def temperature(
     return check_real(name, value, positive=True), None
 
 
+def check_same_vocab(student_vocab: int, teacher_vocab: int) -> None:
+    if teacher_vocab != student_vocab:
+        raise ValueError(
+            f"student and teacher have vocabularies of {student_vocab} and {teacher_vocab} entries. If the larger is the "
+            f"same vocabulary with padding, use vocab_size={min(student_vocab, teacher_vocab)}; different tokenizers need "
+            f"a cross-tokenizer loss"
+        )
+
+
+def check_same_device(student: Side, teacher: Side) -> None:
+    device, teacher_device = student.tensor.device, teacher.tensor.device
+    if teacher_device != device:
+        raise ValueError(f"the student is on {device} and the teacher on {teacher_device}")
+
+
 def pair(
     student: Source,
     teacher: Source | None,
@@ -155,14 +172,8 @@ def pair(
                 f"student and teacher must have the same tokens: the student's batch has the shape {tuple(shape)}, "
                 f"the teacher's {tuple(teacher_shape)}"
             )
-        if teacher_vocab != vocab:
-            raise ValueError(
-                f"student and teacher have vocabularies of {vocab} and {teacher_vocab} entries. If the larger is the "
-                f"same vocabulary with padding, use vocab_size={min(vocab, teacher_vocab)}; different tokenizers need "
-                f"a cross-tokenizer loss"
-            )
-        if teacher_side.tensor.device != device:
-            raise ValueError(f"the student is on {device} and the teacher on {teacher_side.tensor.device}")
+        check_same_vocab(vocab, teacher_vocab)
+        check_same_device(student_side, teacher_side)
         double = double or teacher_side.tensor.dtype == torch.float64
     dtype = torch.float64 if double else torch.float32
     number, rows = temperature("temperature", student_temperature, shape, device, dtype)

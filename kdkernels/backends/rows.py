@@ -25,6 +25,19 @@ is float64 if either side is, else float32.
     function of the proposal, with the weights ``p / (n * proposal)``, and the entropy of ``p``. Ids of -1 and zeros where a
     row is masked altogether; with NaN in a row that has no distribution.
 
+``pairwise_normalisers(logits, tempering, dtype) -> [N, 2]``
+    Of each row the largest logit, after softcap and floor, and the sum of ``exp((logit - largest) / temperature)``, in the
+    compute type of the pair that the rows belong to. Those of several parts of a row combine by rescaling.
+``pairwise_l1_forward(student, teacher, spec, normalisers, with_signs) -> (distance [B, n, m], signed_mass [B, n, m] or [0])``
+    For B problems, whose rows lie one after another in ``student [B n, V]`` and ``teacher [B m, V]``, and normalisers of
+    the student's and of the teacher's rows: with the probabilities x and y, ``distance = sum_v |x_v - y_v|`` and, if asked
+    for, ``signed_mass = sum_v x_v sign(x_v - y_v)``. V may be a part of the vocabulary: the sums add up.
+``pairwise_l1_backward(student, teacher, spec, normalisers, grad, centres, grad_student, grad_teacher)``
+    Writes ``x_v (sum_j grad_ij sign(x_v - y_v) - centre_i) / temperature``, the gradient to the student's logits of row i,
+    and ``y_v (sum_i grad_ij sign(y_v - x_v) - centre_j) / temperature``; what a softcap and the floor make of it besides.
+    ``grad`` ``[B, n, m]``, ``centres`` ``[B n]`` and ``[B m]``, each contiguous and of the compute type. None: not
+    wanted. Each may be the storage of its own logits.
+
 Rows that are not active have value and gradient zero, whatever their logits hold.
 """
 
@@ -35,7 +48,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["STATISTICS", "RowSpec", "Scales", "Side", "Tempering", "compute_dtype", "row_temperature"]
+__all__ = [
+    "STATISTICS",
+    "PairSpec",
+    "RowSpec",
+    "Scales",
+    "Side",
+    "Tempering",
+    "compute_dtype",
+    "row_temperature",
+]
 
 
 class RowSpec(NamedTuple):
@@ -84,6 +106,22 @@ class Tempering(NamedTuple):
     softcap: float = 0.0
     proposal_temperature: float = 1.0
     """Of the distribution that is drawn from, where that is done."""
+
+
+class PairSpec(NamedTuple):
+    """Everything about pairs of rows but their logits: how many there are, and how both sides become probabilities."""
+
+    problems: int
+    student_rows: int
+    """Per problem."""
+    teacher_rows: int
+    student: Tempering
+    teacher: Tempering
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of a number per pair."""
+        return self.problems, self.student_rows, self.teacher_rows
 
 
 class Side(NamedTuple):

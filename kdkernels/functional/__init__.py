@@ -1,6 +1,8 @@
 """The public functions, one module per kernel family."""
 
 from kdkernels.functional.divergence import distillation_loss
+from kdkernels.functional.pairwise_hidden import pairwise_cosine, pairwise_sqeuclidean
+from kdkernels.functional.pairwise_l1 import pairwise_l1
 from kdkernels.functional.records import pack, unpack
 from kdkernels.functional.token_log_probs import token_log_probs, token_set_log_probs
 from kdkernels.functional.token_statistics import token_statistics
@@ -12,6 +14,10 @@ __all__ = [
     "sample_logits",
     "token_log_probs",
     "token_set_log_probs",
+    "pairwise_cosine",
+    "pairwise_l1",
+    "pairwise_sqeuclidean",
+    "sample_logits",
     "token_statistics",
     "topk_logits",
     "unpack",

@@ -15,44 +15,30 @@ from torch import Tensor
 
 from kdkernels.arguments import Problem
 from kdkernels.backends import chunked_head
-from kdkernels.backends.chunked_head import Needs, SideGradients
-from kdkernels.backends.rows import RowSpec, Scales, Side, compute_dtype
+from kdkernels.backends.rows import RowSpec, Scales, compute_dtype
 from kdkernels.ops.eager import save, saved, take_scaled, traced
 from kdkernels.ops.schema import SPEC, TAGS, has_labels, pack_spec, spec_gradients, unpack_spec
 from kdkernels.ops.second_order import differentiable_gradients
+from kdkernels.ops.sides import (
+    SIDES,
+    SIDES_LENGTH,
+    TENSORS,
+    Arguments,
+    gradients_like,
+    or_empty,
+    pack_sides,
+    scattered,
+    side_needs,
+    unpack_sides,
+    wanted_gradients,
+)
 from kdkernels.reductions import weighted_sum
 from kdkernels.reference import rows as reference
 
 __all__ = ["rows", "total"]
 
-SIDES = (
-    "Tensor student, Tensor? student_weight, Tensor? student_bias, float student_scale, "
-    "Tensor teacher, Tensor? teacher_weight, Tensor? teacher_bias, float teacher_scale"
-)
 OPTIONS = f"int? memory_budget, str backend, {SPEC}"
-TENSORS = (0, 1, 2, 4, 5, 6)
-"""Where the tensors stand among the arguments of ``SIDES``."""
-SIDES_LENGTH = 8
 OPTIONS_LENGTH = 2 + len(spec_gradients())
-
-Arguments = tuple[Any, ...]
-
-
-def unpack(sides: Arguments) -> tuple[Side, Side]:
-    return Side(*sides[:4]), Side(*sides[4:])
-
-
-def pack(problem: Problem) -> Arguments:
-    assert problem.teacher is not None
-    return (*problem.student[:4], *problem.teacher[:4])
-
-
-def side_needs(wanted: list[bool]) -> tuple[Needs, Needs]:
-    return Needs(*wanted[:3]), Needs(*wanted[3:])
-
-
-def wanted_gradients(sides: Arguments) -> list[bool]:
-    return [sides[place] is not None and sides[place].requires_grad for place in TENSORS]
 
 
 def values_like(sides: Arguments, packed: Arguments) -> tuple[Tensor, Tensor]:
@@ -62,28 +48,9 @@ def values_like(sides: Arguments, packed: Arguments) -> tuple[Tensor, Tensor]:
     return divergence, divergence.new_empty(student.shape[0] if has_labels(packed) else 0)
 
 
-def gradients_like(sides: Arguments, wanted: list[bool]) -> list[Tensor]:
-    tensors = [sides[place] for place in TENSORS]
-    return [
-        sides[0].new_empty(0) if not want else tensor.new_empty(tensor.shape)
-        for tensor, want in zip(tensors, wanted, strict=True)
-    ]
-
-
-def or_empty(gradients: tuple[SideGradients, SideGradients], like: Tensor) -> list[Tensor]:
-    """An operator returns an empty tensor for a gradient that is not wanted."""
-    return [like.new_empty(0) if gradient is None else gradient for side in gradients for gradient in side]
-
-
-def scattered(gradients: list[Tensor | None]) -> Arguments:
-    """The gradients at the places of ``SIDES``."""
-    places = dict(zip(TENSORS, gradients, strict=True))
-    return tuple(places.get(place) for place in range(SIDES_LENGTH))
-
-
 def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     sides, (memory_budget, backend, *packed) = arguments[:SIDES_LENGTH], arguments[SIDES_LENGTH:]
-    return chunked_head.divergence(*unpack(sides), unpack_spec(packed), memory_budget, backend)
+    return chunked_head.divergence(*unpack_sides(sides), unpack_spec(packed), memory_budget, backend)
 
 
 linear_divergence_op = torch.library.custom_op(
@@ -104,7 +71,7 @@ def backward(*arguments: Any) -> list[Tensor]:
     sides, rest = arguments[:SIDES_LENGTH], arguments[SIDES_LENGTH:]
     grad_divergence, grad_cross_entropy, wanted, memory_budget, backend, *packed = rest
     _, _, *gradients = chunked_head.divergence_with_gradients(
-        *unpack(sides),
+        *unpack_sides(sides),
         unpack_spec(packed),
         grad_divergence.contiguous(),
         None if grad_cross_entropy is None else grad_cross_entropy.contiguous(),
@@ -133,7 +100,7 @@ def reference_values(
     tensors: Sequence[Tensor | None], side_scales: tuple[float, float], spec: RowSpec
 ) -> tuple[Tensor, Tensor]:
     """``(divergence [N], cross_entropy [N] or [0])`` by the reference. Makes the logits whole."""
-    student, teacher = unpack((*tensors[:3], side_scales[0], *tensors[3:], side_scales[1]))
+    student, teacher = unpack_sides((*tensors[:3], side_scales[0], *tensors[3:], side_scales[1]))
     student_logits, teacher_logits = (reference.side_logits(side, spec.active) for side in (student, teacher))
     divergence = reference.divergence(student_logits, teacher_logits, spec)
     if spec.labels is None:
@@ -188,7 +155,8 @@ class Rows(torch.autograd.Function):
 
 def rows(problem: Problem, memory_budget: int | None, backend: str) -> tuple[Tensor, Tensor]:
     """``(divergence [N], cross_entropy [N] or [0])``, differentiable."""
-    sides = pack(problem)
+    assert problem.teacher is not None
+    sides = pack_sides(problem.student, problem.teacher)
     arguments = (*sides, memory_budget, backend, *pack_spec(problem.spec))
     values: tuple[Tensor, Tensor]
     if traced(*(sides[place] for place in TENSORS)):
@@ -206,7 +174,7 @@ def forward_total(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]
     divergence_scale = divergence_scale.contiguous()
     cross_entropy_scale = None if cross_entropy_scale is None else cross_entropy_scale.contiguous()
     divergence, cross_entropy, *gradients = chunked_head.divergence_with_gradients(
-        *unpack(sides),
+        *unpack_sides(sides),
         unpack_spec(packed),
         divergence_scale,
         cross_entropy_scale,
@@ -277,7 +245,13 @@ class FusedTotal(torch.autograd.Function):
         sides = (*tensors[:3], side_scales[0], *tensors[3:], side_scales[1])
         wanted = list(ctx.needs_input_grad[3:])
         divergence, cross_entropy, *gradients = chunked_head.divergence_with_gradients(
-            *unpack(sides), spec, divergence_scale, cross_entropy_scale, side_needs(wanted), memory_budget, backend
+            *unpack_sides(sides),
+            spec,
+            divergence_scale,
+            cross_entropy_scale,
+            side_needs(wanted),
+            memory_budget,
+            backend,
         )
         ctx.gradients = [gradient for side in gradients for gradient in side]
         ctx.values = divergence, cross_entropy
@@ -306,7 +280,8 @@ class FusedTotal(torch.autograd.Function):
 
 def total(problem: Problem, scales: Scales, memory_budget: int | None, backend: str) -> Tensor:
     """The sum over the rows of scale times value, differentiable."""
-    sides, spec = pack(problem), problem.spec
+    assert problem.teacher is not None
+    sides, spec = pack_sides(problem.student, problem.teacher), problem.spec
     tensors = [sides[place] for place in TENSORS]
     grad = torch.is_grad_enabled()
     wanted = wanted_gradients(sides) if grad else [False] * len(TENSORS)
@@ -323,6 +298,6 @@ def total(problem: Problem, scales: Scales, memory_budget: int | None, backend: 
         options = memory_budget, backend, spec, (sides[3], sides[7])
         value = FusedTotal.apply(options, divergence_scale, cross_entropy_scale, *tensors)  # type: ignore[no-untyped-call]
     else:
-        values = chunked_head.divergence(*unpack(sides), spec, memory_budget, backend)
+        values = chunked_head.divergence(*unpack_sides(sides), spec, memory_budget, backend)
         value = weighted_sum((divergence_scale, cross_entropy_scale), *values)
     return value

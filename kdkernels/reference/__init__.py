@@ -1,6 +1,8 @@
 """Pure PyTorch versions of the public functions, under the same names and arguments. They say what is right."""
 
 from kdkernels.reference.divergence import distillation_loss
+from kdkernels.reference.pairwise_hidden import pairwise_cosine, pairwise_sqeuclidean
+from kdkernels.reference.pairwise_l1 import pairwise_l1
 from kdkernels.reference.records import pack, unpack
 from kdkernels.reference.token_log_probs import token_log_probs, token_set_log_probs
 from kdkernels.reference.token_statistics import token_statistics
@@ -12,6 +14,10 @@ __all__ = [
     "sample_logits",
     "token_log_probs",
     "token_set_log_probs",
+    "pairwise_cosine",
+    "pairwise_l1",
+    "pairwise_sqeuclidean",
+    "sample_logits",
     "token_statistics",
     "topk_logits",
     "unpack",
