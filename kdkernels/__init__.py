@@ -30,11 +30,12 @@ from kdkernels.functional import (
     pairwise_l1,
     pairwise_sqeuclidean,
     sample_logits,
+    sinkhorn,
+    sorted_l1,
     token_statistics,
     topk_logits,
     unpack,
 )
-from kdkernels.functional import distillation_loss, pack, sample_logits, sinkhorn, token_statistics, topk_logits, unpack
 from kdkernels.sources import LMHead, Logits, PackedLogits, SampledLogits, TopKLogits
 from kdkernels.statistics import TokenStatistics
 from kdkernels.transport import SinkhornResult
@@ -77,6 +78,7 @@ __all__ = [
     "reference",
     "sample_logits",
     "sinkhorn",
+    "sorted_l1",
     "store",
     "token_log_probs",
     "token_set_log_probs",
