@@ -65,8 +65,8 @@ class Chunks(NamedTuple):
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> Chunks:
         """On another device."""
-        tensors = (tensor.to(device, non_blocking=non_blocking) for tensor in self[:3])
-        return Chunks(*tensors, self.size)
+        student, teacher, counts = (tensor.to(device, non_blocking=non_blocking) for tensor in self[:3])
+        return Chunks(student, teacher, counts, self.size)
 
 
 def ranges_of(ids: Sequence[int], count: int) -> list[range]:
