@@ -32,6 +32,7 @@ def verify(instruction_set: str) -> None:
     """What the process does: the accuracy rule over kinds, dtypes and awkward sizes."""
     import test_divergence_accuracy as dense
     import test_hard_inputs as hard
+    import test_pairwise_l1 as pairwise
     import test_records as records
     import test_token_statistics as statistics
     import test_topk as topk
@@ -45,9 +46,15 @@ def verify(instruction_set: str) -> None:
         labels = torch.tensor([0, 1, 30, 1099, 1024, 500])
         statistics.check_logits(*random_logits(1100, dtype), labels, "cpu", temperature=1.3)
         topk.check_draws("cpu", dtype, 1.5, 1100)
+        for batch, n, m, vocab in pairwise.SIZES:
+            pairwise.test_equals_cdist("cpu", dtype, batch, n, m, vocab)
+        pairwise.test_identical_rows("cpu", dtype)
+        pairwise.test_a_vocabulary_of_one(dtype)
     for order in topk.ORDERS:
         topk.test_orders("cpu", 64, order)
     topk.test_softcap("cpu")
+    pairwise.test_masked_vocabulary("cpu")
+    pairwise.test_probabilities_that_underflow()
     for case in EVERY_DIVERGENCE:
         dense.test_far_from_zero(case, 1.0)
         dense.test_temperature_per_token_and_hard_labels(case, torch.float32)

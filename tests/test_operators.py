@@ -24,6 +24,8 @@ OPERATORS = {
     "linear_divergence",
     "linear_divergence_backward",
     "linear_divergence_total",
+    "pairwise_l1",
+    "pairwise_l1_backward",
     "sample",
     "sparse_divergence",
     "sparse_divergence_backward",
