@@ -107,10 +107,12 @@ inline int64_t find_sign(const uint16_t* buckets, int64_t n, const float* signs,
 #if defined(__AVX512F__)
   const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   for (; i + 16 <= n; i += 16) {
-    const __m512i bucket = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(buckets + i)));
-    const __mmask16 hit = _mm512_cmpeq_ps_mask(_mm512_i32gather_ps(bucket, signs, 4), _mm512_set1_ps(wanted));
-    _mm512_storeu_si512(found + count,
-                        _mm512_maskz_compress_epi32(hit, _mm512_add_epi32(places, _mm512_set1_epi32(i))));
+    const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(buckets + i));
+    const __m512i bucket = _mm512_maskz_cvtepu16_epi32(0xFFFF, packed);
+    const __m512 sign = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xFFFF, bucket, signs, 4);
+    const __mmask16 hit = _mm512_cmp_ps_mask(sign, _mm512_set1_ps(wanted), _CMP_EQ_OQ);
+    const __m512i place = _mm512_add_epi32(places, _mm512_set1_epi32(i));
+    _mm512_storeu_si512(found + count, _mm512_maskz_compress_epi32(hit, place));
     count += __builtin_popcount(hit);
   }
 #endif
