@@ -34,6 +34,7 @@ def verify(instruction_set: str) -> None:
     import test_hard_inputs as hard
     import test_pairwise_l1 as pairwise
     import test_records as records
+    import test_sorted_l1 as sorted_l1
     import test_token_statistics as statistics
     import test_topk as topk
 
@@ -50,6 +51,9 @@ def verify(instruction_set: str) -> None:
             pairwise.test_equals_cdist("cpu", dtype, batch, n, m, vocab)
         pairwise.test_identical_rows("cpu", dtype)
         pairwise.test_a_vocabulary_of_one(dtype)
+        for sizes in ((127, 300), (4097, 4097)):
+            for close in (False, True):
+                sorted_l1.test_equals_sorting(dtype, sizes, close)
     for order in topk.ORDERS:
         topk.test_orders("cpu", 64, order)
     topk.test_softcap("cpu")
@@ -60,6 +64,8 @@ def verify(instruction_set: str) -> None:
         dense.test_temperature_per_token_and_hard_labels(case, torch.float32)
         hard.test_finite_and_right(case, torch.float32)
         hard.test_nan_in_a_counted_row_shows(case, 0)
+    for name in sorted_l1.PAIRS:
+        sorted_l1.test_the_bound_holds(name, 1e-3)
     for vocab, width in records.SIZES:
         for bits in BITS.values():
             records.check_against_reference(vocab, width, bits)
