@@ -184,6 +184,73 @@ struct SampleProblem {
   void* entropy = nullptr;           // [rows]
 };
 
+// Rows of the `pairwise_l1` family whose softmax is to be normalised.
+struct PairNormalisers {
+  int64_t rows = 0;
+  int64_t vocab = 0;
+  int threads = 1;
+  bool compute_double = false;
+
+  Matrix logits;
+  double temperature = 1;
+  double softcap = 0;  // 0: none
+  void* normalisers =
+      nullptr;  // [rows, 2], of the compute type: the largest logit, the sum of exponentials relative to it
+};
+
+// One side of the `pairwise_l1` family. Arrays whose element type is not said hold the compute type.
+struct PairSide {
+  int64_t rows = 0;  // per problem
+  Matrix logits;     // [problems * rows, vocab]
+  double temperature = 1;
+  double softcap = 0;  // 0: none
+  const void* normalisers = nullptr;
+
+  Matrix gradient;                // may share the storage of logits; data may be null
+  const void* centres = nullptr;  // [problems * rows]: the mean that the gradient takes off
+};
+
+// Pairs of rows: their distances, or with `grad` the gradients. Double if either side is float64, else float.
+struct PairProblem {
+  int64_t problems = 0;
+  int64_t vocab = 0;
+  int threads = 1;
+  bool compute_double = false;
+
+  PairSide student;
+  PairSide teacher;
+
+  void* distance = nullptr;     // [problems, student rows, teacher rows]
+  void* signed_mass = nullptr;  // the same, of sum x sign(x - y); null: not wanted
+  const void* grad = nullptr;   // the same: what the result gives to each distance
+};
+
+// Rows of the `sorted_l1` family. Arrays whose element type is not said hold the compute type: double if either side is
+// float64, else float.
+struct SortedL1Problem {
+  int64_t rows = 0;
+  int64_t vocab = 0;  // of both sides together, less than 2^31
+  int threads = 1;
+  bool compute_double = false;
+
+  Matrix student;
+  Matrix teacher;
+  int64_t student_vocab = 0;
+  int64_t teacher_vocab = 0;
+  PerRow student_temperature;
+  PerRow teacher_temperature;
+  double student_softcap = 0;  // 0: none
+  double teacher_softcap = 0;
+  const uint8_t* active = nullptr;  // null: every row counts
+
+  double error_bound = 0;
+  void* values = nullptr;   // [rows]
+  void* omitted = nullptr;  // [rows]
+  PerRow grad_values;
+  Matrix grad_student;  // may share the storage of student
+  Matrix grad_teacher;  // may share the storage of teacher
+};
+
 // A buffer of this thread, at least `bytes` long and aligned to 64; it is kept between calls.
 // Null if there is no memory.
 void* thread_scratch(int64_t bytes);
@@ -205,6 +272,9 @@ void populate(void* data, int64_t bytes);
   bool unpack_records(RecordProblem& problem);                                    \
   bool topk(const TopKProblem& problem);                                          \
   bool sample(const SampleProblem& problem);                                      \
+  void pairwise_normalisers(const PairNormalisers& problem);                      \
+  bool pairwise_l1(const PairProblem& problem);                                   \
+  bool sorted_l1(const SortedL1Problem& problem);                                 \
   }
 KD_DECLARE_CPU_KERNELS(baseline)
 KD_DECLARE_CPU_KERNELS(avx2)

@@ -8,9 +8,9 @@ from kdkernels.arguments.pairwise_hidden import hidden_pairs
 from kdkernels.arguments.pairwise_l1 import Pairs, prepare_pairs
 from kdkernels.arguments.records import pack_rows, unpack_rows
 from kdkernels.arguments.rows import Problem, check_memory_budget
-from kdkernels.arguments.token_log_probs import SetProblem, prepare_token_log_probs, prepare_token_set
 from kdkernels.arguments.sinkhorn import Transport, prepare_sinkhorn
 from kdkernels.arguments.sorted_l1 import prepare_sorted_l1
+from kdkernels.arguments.token_log_probs import SetProblem, prepare_token_log_probs, prepare_token_set
 from kdkernels.arguments.topk import Picking, prepare_sample, prepare_topk
 
 __all__ = [

@@ -4,30 +4,24 @@ from kdkernels.functional.divergence import distillation_loss
 from kdkernels.functional.pairwise_hidden import pairwise_cosine, pairwise_sqeuclidean
 from kdkernels.functional.pairwise_l1 import pairwise_l1
 from kdkernels.functional.records import pack, unpack
-from kdkernels.functional.token_log_probs import token_log_probs, token_set_log_probs
 from kdkernels.functional.sinkhorn import sinkhorn
 from kdkernels.functional.sorted_l1 import sorted_l1
+from kdkernels.functional.token_log_probs import token_log_probs, token_set_log_probs
 from kdkernels.functional.token_statistics import token_statistics
 from kdkernels.functional.topk import sample_logits, topk_logits
 
 __all__ = [
     "distillation_loss",
     "pack",
-    "sample_logits",
-    "token_log_probs",
-    "token_set_log_probs",
     "pairwise_cosine",
     "pairwise_l1",
     "pairwise_sqeuclidean",
     "sample_logits",
     "sinkhorn",
     "sorted_l1",
+    "token_log_probs",
+    "token_set_log_probs",
     "token_statistics",
     "topk_logits",
     "unpack",
 ]
-from kdkernels.functional.sinkhorn import sinkhorn
-from kdkernels.functional.token_statistics import token_statistics
-from kdkernels.functional.topk import sample_logits, topk_logits
-
-__all__ = ["distillation_loss", "pack", "sample_logits", "sinkhorn", "token_statistics", "topk_logits", "unpack"]

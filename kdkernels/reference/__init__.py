@@ -4,30 +4,24 @@ from kdkernels.reference.divergence import distillation_loss
 from kdkernels.reference.pairwise_hidden import pairwise_cosine, pairwise_sqeuclidean
 from kdkernels.reference.pairwise_l1 import pairwise_l1
 from kdkernels.reference.records import pack, unpack
-from kdkernels.reference.token_log_probs import token_log_probs, token_set_log_probs
 from kdkernels.reference.sinkhorn import sinkhorn
 from kdkernels.reference.sorted_l1 import sorted_l1
+from kdkernels.reference.token_log_probs import token_log_probs, token_set_log_probs
 from kdkernels.reference.token_statistics import token_statistics
 from kdkernels.reference.topk import sample_logits, topk_logits
 
 __all__ = [
     "distillation_loss",
     "pack",
-    "sample_logits",
-    "token_log_probs",
-    "token_set_log_probs",
     "pairwise_cosine",
     "pairwise_l1",
     "pairwise_sqeuclidean",
     "sample_logits",
     "sinkhorn",
     "sorted_l1",
+    "token_log_probs",
+    "token_set_log_probs",
     "token_statistics",
     "topk_logits",
     "unpack",
 ]
-from kdkernels.reference.sinkhorn import sinkhorn
-from kdkernels.reference.token_statistics import token_statistics
-from kdkernels.reference.topk import sample_logits, topk_logits
-
-__all__ = ["distillation_loss", "pack", "sample_logits", "sinkhorn", "token_statistics", "topk_logits", "unpack"]

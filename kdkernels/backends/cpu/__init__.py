@@ -9,7 +9,9 @@ from kdkernels.backends.cpu.divergence import (
 )
 from kdkernels.backends.cpu.gradient_entries import collect_entries, expand_entries, sparse_products
 from kdkernels.backends.cpu.launching import status, supports
+from kdkernels.backends.cpu.pairwise_l1 import pairwise_l1_backward, pairwise_l1_forward, pairwise_normalisers
 from kdkernels.backends.cpu.records import pack_records, unpack_records
+from kdkernels.backends.cpu.sorted_l1 import sorted_l1
 from kdkernels.backends.cpu.sparse_divergence import sparse_divergence_fused
 from kdkernels.backends.cpu.token_statistics import token_statistics
 from kdkernels.backends.cpu.topk import sample, topk
@@ -23,7 +25,11 @@ __all__ = [
     "divergence_total",
     "expand_entries",
     "pack_records",
+    "pairwise_l1_backward",
+    "pairwise_l1_forward",
+    "pairwise_normalisers",
     "sample",
+    "sorted_l1",
     "sparse_divergence_fused",
     "sparse_products",
     "status",
