@@ -38,7 +38,7 @@ def batch_of(name: str, source: Source) -> torch.Size:
     shape = tensor_of(name, source).shape
     if len(shape) != 3:
         raise ValueError(f"{name} must have the shape [B, T, ...], got {tuple(shape)}")
-    return shape[:-1]
+    return torch.Size(shape[:-1])
 
 
 def with_tensor(source: Source, tensor: Tensor) -> Source:
