@@ -506,7 +506,7 @@ class GOLD(nn.Module):
         block = max(1, self.memory_budget // (32 * self.width(student, teacher)))
         found = [
             checkpoint(self.compare_rows, student, teacher, scales, targets, part, use_reentrant=False)
-            for part in places.split(block)
+            for part in torch.split(places, block)
         ]
         return values.reshape(-1).index_add(0, places, torch.cat(found).to(values.dtype)).reshape(valid.shape)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdkernels.checks import check_integral
-from kdkernels.functional import token_log_probs
+from kdkernels.checks import check_dense, check_integral
+from kdkernels.functional.token_log_probs import token_log_probs
 from kdkernels.sources import LMHead, Logits, Source
 
 __all__ = [
@@ -82,9 +82,7 @@ def check_mask(name: str, mask: Tensor | None, like: Tensor) -> Tensor:
     """A mask like the ids ``like``; None: all True."""
     if mask is None:
         return torch.ones_like(like, dtype=torch.bool)
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"{name} must be a bool tensor, got {given}")
+    check_dense(name, mask, (torch.bool,))
     if mask.shape != like.shape:
         raise ValueError(f"{name} must have the shape {tuple(like.shape)}, got {tuple(mask.shape)}")
     return mask
