@@ -19,6 +19,8 @@ __all__ = [
     "mean_over",
     "next_tokens",
     "take_tokens",
+    "tensor_of",
+    "with_tensor",
 ]
 
 IGNORED = -100
