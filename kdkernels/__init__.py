@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from kdkernels import alignment, reference, store
+from kdkernels import alignment, losses, reference, store
 from kdkernels.backends import BackendStatus, backends
 from kdkernels.backends.gradient_entries import GradientReport
 from kdkernels.debugging import debug
@@ -70,6 +70,7 @@ __all__ = [
     "backends",
     "debug",
     "distillation_loss",
+    "losses",
     "pack",
     "pairwise_cosine",
     "pairwise_l1",
