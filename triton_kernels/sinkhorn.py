@@ -452,3 +452,477 @@ def sinkhorn_streamed_kernel(
     tl.store(iterations + problem, step)
     tl.store(error_out + problem, error)
     tl.store(status + problem, flags)
+
+
+@triton.jit
+def saturated_power(exponents):
+    """2 ** exponents, kept finite, so that a mass of 0 in front of it gives 0."""
+    return tl.exp2(tl.minimum(exponents, SATURATION))
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def sinkhorn_product_kernel(
+    cost,
+    row_exponents,
+    column_exponents,
+    vector,
+    row_lengths,
+    column_lengths,
+    rows,
+    columns,
+    epsilon: tl.float64,
+    product,
+    cost_product,
+    COLUMNS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ROW_STEPS: tl.constexpr,
+    COLUMN_STEPS: tl.constexpr,
+    ROW_LANES: tl.constexpr,
+    COLUMN_LANES: tl.constexpr,
+):
+    """A matrix 2 ** (row_exponents + column_exponents) exp(-C / epsilon) times a vector, some rows of a problem.
+
+    The result for the rows, sums over the columns, or, if COLUMNS, for the columns; grid (B, blocks of rows or columns).
+    vector: [B, m] (COLUMNS: [B, n]); product: [B, n] (COLUMNS: [B, m]), 0 on the padding; cost_product: the same with each
+    entry of the matrix multiplied by its cost (0 for forbidden pairs), or None.
+    """
+    problem = tl.program_id(0)
+    n = problem_length(row_lengths, problem, rows)
+    m = problem_length(column_lengths, problem, columns)
+    cost = problem_pointer(cost, problem, rows.to(tl.int64) * columns)
+    row_exponents = problem_pointer(row_exponents, problem, rows)
+    column_exponents = problem_pointer(column_exponents, problem, columns)
+    scale = LOG2_E / tl.full((), epsilon, COMPUTE)
+    row_positions = positions(ROW_STEPS, ROW_LANES)
+    column_positions = positions(COLUMN_STEPS, COLUMN_LANES)
+    if COLUMNS:
+        outer = tl.program_id(1) * column_positions.numel + column_positions
+        inner_positions = row_positions
+        outer_size, outer_length, inner_size, inner_length = columns, m, rows, n
+        outer_exponents, inner_exponents = column_exponents, row_exponents
+    else:
+        outer = tl.program_id(1) * row_positions.numel + row_positions
+        inner_positions = column_positions
+        outer_size, outer_length, inner_size, inner_length = rows, n, columns, m
+        outer_exponents, inner_exponents = row_exponents, column_exponents
+    vector = problem_pointer(vector, problem, inner_size)
+    shift = load_log_masses(outer_exponents, outer, outer_length)
+    total = tl.zeros(outer.shape, COMPUTE)
+    cost_total = tl.zeros(outer.shape, COMPUTE)
+    for first in range(0, inner_length, inner_positions.numel):
+        inner = first + inner_positions
+        if COLUMNS:
+            tile = load_cost(cost, inner, outer, n, m, columns, COMPUTE)
+        else:
+            tile = load_cost(cost, outer, inner, n, m, columns, COMPUTE)
+        shifts = along(shift, COLUMNS) + along(load_log_masses(inner_exponents, inner, inner_length), not COLUMNS)
+        terms = saturated_power(shifts - tile * scale) * along(load_vector(vector, inner, inner_length), not COLUMNS)
+        total += reduced_sum(terms, COLUMNS)
+        if cost_product is not None:
+            cost_total += reduced_sum(tl.where(tile < float("inf"), terms * tile, 0.0), COLUMNS)
+    tl.store(problem_pointer(product, problem, outer_size) + outer, total, mask=outer < outer_size)
+    if cost_product is not None:
+        tl.store(problem_pointer(cost_product, problem, outer_size) + outer, cost_total, mask=outer < outer_size)
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "max_iterations"])
+def sinkhorn_adjoint_kernel(
+    cost,
+    log_a,
+    log_b,
+    row_lengths,
+    column_lengths,
+    f_history,
+    g_history,
+    epsilons,
+    iterations,
+    rows,
+    columns,
+    max_iterations,
+    row_damping: tl.float64,
+    column_damping: tl.float64,
+    grad_f,
+    grad_g,
+    f_adjoints,
+    g_adjoints,
+    grad_a,
+    grad_b,
+    COMPUTE: tl.constexpr,
+    ROW_STEPS: tl.constexpr,
+    COLUMN_STEPS: tl.constexpr,
+    ROW_LANES: tl.constexpr,
+    COLUMN_LANES: tl.constexpr,
+):
+    """The iterations of one problem backwards, its cost in registers; grid (B,).
+
+    f_history, g_history, epsilons, iterations: of `sinkhorn_kernel`; grad_f [B, n], grad_g [B, m]: of the last potentials.
+    f_adjoints [B, max_iterations, n] and g_adjoints [B, max_iterations + 1, m]: of the potentials of every iteration taken,
+    those of g behind the place of the start, which is not written.
+    grad_a [B, n], grad_b [B, m]: of the marginals, 0 on the padding.
+    """
+    problem = tl.program_id(0)
+    n = problem_length(row_lengths, problem, rows)
+    m = problem_length(column_lengths, problem, columns)
+    i = positions(ROW_STEPS, ROW_LANES)
+    j = positions(COLUMN_STEPS, COLUMN_LANES)
+    tile = load_cost(problem_pointer(cost, problem, rows.to(tl.int64) * columns), i, j, n, m, columns, COMPUTE)
+    log_a = problem_pointer(log_a, problem, rows)
+    log_b = problem_pointer(log_b, problem, columns)
+    f_history = problem_pointer(f_history, problem, max_iterations.to(tl.int64) * rows)
+    g_history = problem_pointer(g_history, problem, (max_iterations + 1).to(tl.int64) * columns)
+    f_adjoints = problem_pointer(f_adjoints, problem, max_iterations.to(tl.int64) * rows)
+    g_adjoints = problem_pointer(g_adjoints, problem, (max_iterations + 1).to(tl.int64) * columns)
+    row_damping = tl.full((), row_damping, COMPUTE)
+    column_damping = tl.full((), column_damping, COMPUTE)
+
+    z_f = load_vector(problem_pointer(grad_f, problem, rows), i, n)
+    z_g = load_vector(problem_pointer(grad_g, problem, columns), j, m)
+    to_a = tl.zeros(i.shape, COMPUTE)
+    to_b = tl.zeros(j.shape, COMPUTE)
+    step = tl.load(iterations + problem)
+    while step > 0:
+        step -= 1
+        epsilon = tl.load(epsilons + step)
+        scale = LOG2_E / epsilon
+        f = load_vector(f_history + step.to(tl.int64) * rows, i, n) * scale
+        g = load_vector(g_history + (step + 1).to(tl.int64) * columns, j, m) * scale
+        tl.store(g_adjoints + (step + 1).to(tl.int64) * columns + j, z_g, mask=j < m)
+        powers = saturated_power(along_rows(f) + along_columns(g / column_damping) - tile * scale)
+        sums = column_damping * reduced_sum(powers * along_columns(z_g), False)
+        to_a -= epsilon * sums
+        z_f -= tl.exp2(load_log_masses(log_a, i, n)) * sums
+        tl.store(f_adjoints + step.to(tl.int64) * rows + i, z_f, mask=i < n)
+        g = load_vector(g_history + step.to(tl.int64) * columns, j, m) * scale
+        powers = saturated_power(along_rows(f / row_damping) + along_columns(g) - tile * scale)
+        column_sums = row_damping * reduced_sum(powers * along_rows(z_f), True)
+        to_b -= epsilon * column_sums
+        z_g = -tl.exp2(load_log_masses(log_b, j, m)) * column_sums
+        z_f = tl.zeros(i.shape, COMPUTE)
+    tl.store(problem_pointer(grad_a, problem, rows) + i, to_a, mask=i < rows)
+    tl.store(problem_pointer(grad_b, problem, columns) + j, to_b, mask=j < columns)
+
+
+@triton.jit
+def streamed_adjoint_half(
+    cost,
+    log_masses,
+    outer_potential,
+    inner_potential,
+    adjoint,
+    given,
+    given_length,
+    target,
+    gradient,
+    n,
+    m,
+    stride,
+    epsilon,
+    damping,
+    COLUMNS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ROW_STEPS: tl.constexpr,
+    COLUMN_STEPS: tl.constexpr,
+    ROW_LANES: tl.constexpr,
+    COLUMN_LANES: tl.constexpr,
+):
+    """Backwards through the half that made the inner potential out of the outer one.
+
+    target = given - damping mass o (K adjoint), and gradient, of the mass, -= damping epsilon K adjoint. given: what else
+    depends on the outer potential, as far as `given_length` goes.
+    """
+    row_positions = positions(ROW_STEPS, ROW_LANES)
+    column_positions = positions(COLUMN_STEPS, COLUMN_LANES)
+    if COLUMNS:
+        outer_length, inner_length, outer_positions, inner_positions = m, n, column_positions, row_positions
+    else:
+        outer_length, inner_length, outer_positions, inner_positions = n, m, row_positions, column_positions
+    scale = LOG2_E / epsilon
+    for first in range(0, outer_length, outer_positions.numel):
+        outer = first + outer_positions
+        shift = load_vector(outer_potential, outer, outer_length) * scale
+        sums = tl.zeros(outer.shape, COMPUTE)
+        for inner_first in range(0, inner_length, inner_positions.numel):
+            inner = inner_first + inner_positions
+            if COLUMNS:
+                tile = load_cost(cost, inner, outer, n, m, stride, COMPUTE)
+            else:
+                tile = load_cost(cost, outer, inner, n, m, stride, COMPUTE)
+            inner_shift = load_vector(inner_potential, inner, inner_length) * scale / damping
+            powers = saturated_power(along(shift, COLUMNS) + along(inner_shift, not COLUMNS) - tile * scale)
+            sums += reduced_sum(powers * along(load_vector(adjoint, inner, inner_length), not COLUMNS), COLUMNS)
+        sums *= damping
+        before = load_vector(gradient, outer, outer_length)
+        tl.store(gradient + outer, before - epsilon * sums, mask=outer < outer_length)
+        made = load_vector(given, outer, given_length) - tl.exp2(load_log_masses(log_masses, outer, outer_length)) * sums
+        tl.store(target + outer, made, mask=outer < outer_length)
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "max_iterations"])
+def sinkhorn_adjoint_streamed_kernel(
+    cost,
+    log_a,
+    log_b,
+    row_lengths,
+    column_lengths,
+    f_history,
+    g_history,
+    epsilons,
+    iterations,
+    rows,
+    columns,
+    max_iterations,
+    row_damping: tl.float64,
+    column_damping: tl.float64,
+    grad_f,
+    grad_g,
+    f_adjoints,
+    g_adjoints,
+    grad_a,
+    grad_b,
+    COMPUTE: tl.constexpr,
+    ROW_STEPS: tl.constexpr,
+    COLUMN_STEPS: tl.constexpr,
+    ROW_LANES: tl.constexpr,
+    COLUMN_LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """The same for a problem of any size."""
+    problem = tl.program_id(0)
+    n = problem_length(row_lengths, problem, rows)
+    m = problem_length(column_lengths, problem, columns)
+    cost = problem_pointer(cost, problem, rows.to(tl.int64) * columns)
+    log_a = problem_pointer(log_a, problem, rows)
+    log_b = problem_pointer(log_b, problem, columns)
+    grad_f = problem_pointer(grad_f, problem, rows)
+    grad_a = problem_pointer(grad_a, problem, rows)
+    grad_b = problem_pointer(grad_b, problem, columns)
+    f_history = problem_pointer(f_history, problem, max_iterations.to(tl.int64) * rows)
+    g_history = problem_pointer(g_history, problem, (max_iterations + 1).to(tl.int64) * columns)
+    f_adjoints = problem_pointer(f_adjoints, problem, max_iterations.to(tl.int64) * rows)
+    g_adjoints = problem_pointer(g_adjoints, problem, (max_iterations + 1).to(tl.int64) * columns)
+    row_damping = tl.full((), row_damping, COMPUTE)
+    column_damping = tl.full((), column_damping, COMPUTE)
+
+    step = tl.load(iterations + problem)
+    copy_vector(problem_pointer(grad_g, problem, columns), g_adjoints + step.to(tl.int64) * columns, m, m, VECTOR)
+    copy_vector(grad_a, grad_a, 0, rows, VECTOR)
+    copy_vector(grad_b, grad_b, 0, columns, VECTOR)
+    tl.debug_barrier()
+    given_length = n
+    while step > 0:
+        step -= 1
+        epsilon = tl.load(epsilons + step)
+        f = f_history + step.to(tl.int64) * rows
+        old_g = g_history + step.to(tl.int64) * columns
+        z_f = f_adjoints + step.to(tl.int64) * rows
+        old_z_g = g_adjoints + step.to(tl.int64) * columns
+        streamed_adjoint_half(
+            cost, log_a, f, old_g + columns, old_z_g + columns, grad_f, given_length, z_f, grad_a, n, m, columns, epsilon,
+            column_damping, False, COMPUTE, ROW_STEPS, COLUMN_STEPS, ROW_LANES, COLUMN_LANES,
+        )  # fmt: skip
+        given_length = 0
+        streamed_adjoint_half(
+            cost, log_b, old_g, f, z_f, grad_f, given_length, old_z_g, grad_b, n, m, columns, epsilon,
+            row_damping, True, COMPUTE, ROW_STEPS, COLUMN_STEPS, ROW_LANES, COLUMN_LANES,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "max_iterations"])
+def sinkhorn_cost_gradient_kernel(
+    cost,
+    log_a,
+    log_b,
+    row_lengths,
+    column_lengths,
+    f_history,
+    normalised_f,
+    g_history,
+    f_adjoints,
+    g_adjoints,
+    epsilons,
+    iterations,
+    rows,
+    columns,
+    max_iterations,
+    epsilon: tl.float64,
+    row_damping: tl.float64,
+    column_damping: tl.float64,
+    f,
+    g,
+    row_factors,
+    column_factors,
+    cost_factors,
+    cost_gradient,
+    COMPUTE: tl.constexpr,
+    ROW_STEPS: tl.constexpr,
+    COLUMN_STEPS: tl.constexpr,
+    ROW_LANES: tl.constexpr,
+    COLUMN_LANES: tl.constexpr,
+):
+    """A tile of the gradient to the cost, 0 on the padding; grid (B, blocks of rows, blocks of columns).
+
+    It is P o (row_factors [B, n] + column_factors [B, m] + cost_factors [B] C), the plan P with the potentials f and g,
+    and, if f_adjoints are given, what comes through the iterations: sum over them of lam_b W o z_g + lam_a V o z_f.
+    normalised_f: [B, max_iterations, n] the potential that makes the rows of V sum to 1: f_history, if f was made from the
+    g before it.
+    """
+    problem = tl.program_id(0)
+    n = problem_length(row_lengths, problem, rows)
+    m = problem_length(column_lengths, problem, columns)
+    row_positions = positions(ROW_STEPS, ROW_LANES)
+    column_positions = positions(COLUMN_STEPS, COLUMN_LANES)
+    i = tl.program_id(1) * row_positions.numel + row_positions
+    j = tl.program_id(2) * column_positions.numel + column_positions
+    size = rows.to(tl.int64) * columns
+    tile = load_cost(problem_pointer(cost, problem, size), i, j, n, m, columns, COMPUTE)
+    log_a = load_log_masses(problem_pointer(log_a, problem, rows), i, n)
+    log_b = load_log_masses(problem_pointer(log_b, problem, columns), j, m)
+    scale = LOG2_E / tl.full((), epsilon, COMPUTE)
+    row_shift = log_a + load_vector(problem_pointer(f, problem, rows), i, n) * scale
+    column_shift = log_b + load_vector(problem_pointer(g, problem, columns), j, m) * scale
+    plan = tl.exp2(along_rows(row_shift) + along_columns(column_shift) - tile * scale)
+    factors = along_rows(load_vector(problem_pointer(row_factors, problem, rows), i, n))
+    factors += along_columns(load_vector(problem_pointer(column_factors, problem, columns), j, m))
+    factors += tl.load(cost_factors + problem) * tl.where(tile < float("inf"), tile, 0.0)
+    gradient = plan * factors
+    if f_adjoints is not None:
+        row_damping = tl.full((), row_damping, COMPUTE)
+        column_damping = tl.full((), column_damping, COMPUTE)
+        f_history = problem_pointer(f_history, problem, max_iterations.to(tl.int64) * rows)
+        normalised_f = problem_pointer(normalised_f, problem, max_iterations.to(tl.int64) * rows)
+        g_history = problem_pointer(g_history, problem, (max_iterations + 1).to(tl.int64) * columns)
+        f_adjoints = problem_pointer(f_adjoints, problem, max_iterations.to(tl.int64) * rows)
+        g_adjoints = problem_pointer(g_adjoints, problem, (max_iterations + 1).to(tl.int64) * columns)
+        for step in range(0, tl.load(iterations + problem)):
+            scale = LOG2_E / tl.load(epsilons + step)
+            row = step.to(tl.int64) * rows
+            column = step.to(tl.int64) * columns
+            f_now = load_vector(f_history + row, i, n) * scale
+            g_now = load_vector(g_history + column + columns, j, m) * scale
+            weights = tl.exp2(along_rows(log_a + f_now) + along_columns(g_now / column_damping) - tile * scale)
+            gradient += weights * (along_columns(load_vector(g_adjoints + column + columns, j, m)) * column_damping)
+            f_now = load_vector(normalised_f + row, i, n) * scale
+            g_now = load_vector(g_history + column, j, m) * scale
+            weights = tl.exp2(along_rows(f_now / row_damping) + along_columns(log_b + g_now) - tile * scale)
+            gradient += weights * (along_rows(load_vector(f_adjoints + row, i, n)) * row_damping)
+    offsets = along_rows(i).to(tl.int64) * columns + along_columns(j)
+    rounded = round_to(gradient, cost_gradient.dtype.element_ty)
+    stored = along_rows(i < rows) & along_columns(j < columns)
+    tl.store(problem_pointer(cost_gradient, problem, size) + offsets, rounded, mask=stored)
+
+
+@triton.jit
+def without_null_space(y, null, factor):
+    """The part of a vector that is orthogonal to the null space of a balanced problem (factor 0: there is none)."""
+    return y - null * (sum_all(null * y) * factor)
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "max_solves"])
+def sinkhorn_implicit_kernel(
+    cost,
+    log_a,
+    log_b,
+    row_lengths,
+    column_lengths,
+    f,
+    g,
+    rows,
+    columns,
+    max_solves,
+    epsilon: tl.float64,
+    solve_tolerance: tl.float64,
+    row_damping: tl.float64,
+    column_damping: tl.float64,
+    grad_f,
+    grad_g,
+    normalised_f,
+    f_adjoints,
+    g_adjoints,
+    grad_a,
+    grad_b,
+    FAST_LOG: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ROW_STEPS: tl.constexpr,
+    COLUMN_STEPS: tl.constexpr,
+    ROW_LANES: tl.constexpr,
+    COLUMN_LANES: tl.constexpr,
+):
+    """The adjoint of the fixed point of one problem, its matrix in registers; grid (B,).
+
+    z_f = grad_f - lam_b W z_g and z_g = grad_g - lam_a V' z_f, solved for both by conjugate gradients on
+    I - lam_a lam_b S S', where S_ij = sqrt(W_ij V_ij) is diag(a)^-1/2 P diag(b)^-1/2 at the fixed point. V is made with
+    the f that follows from g, normalised_f, so that the matrix is positive semidefinite wherever the iteration has ended;
+    balanced, its null space is the shift of f against g. Rows without mass are in V alone: they are eliminated first.
+    normalised_f, f_adjoints, grad_a: [B, n]; g_adjoints, grad_b: [B, m].
+    """
+    problem = tl.program_id(0)
+    n = problem_length(row_lengths, problem, rows)
+    m = problem_length(column_lengths, problem, columns)
+    i = positions(ROW_STEPS, ROW_LANES)
+    j = positions(COLUMN_STEPS, COLUMN_LANES)
+    cost = problem_pointer(cost, problem, rows.to(tl.int64) * columns)
+    f_pointer = problem_pointer(f, problem, rows)
+    g_pointer = problem_pointer(g, problem, columns)
+    grad_f = problem_pointer(grad_f, problem, rows)
+    grad_g = problem_pointer(grad_g, problem, columns)
+    a_pointer = problem_pointer(log_a, problem, rows)
+    b_pointer = problem_pointer(log_b, problem, columns)
+    epsilon = tl.full((), epsilon, COMPUTE)
+    scale = LOG2_E / epsilon
+    row_damping = tl.full((), row_damping, COMPUTE)
+    column_damping = tl.full((), column_damping, COMPUTE)
+    log_a = load_log_masses(a_pointer, i, n)
+    log_b = load_log_masses(b_pointer, j, m)
+    f = load_vector(f_pointer, i, n) * scale
+    g = load_vector(g_pointer, j, m) * scale
+    made_g = g / column_damping  # minus the logarithm of the sums that g was made from
+    tile = load_cost(cost, i, j, n, m, columns, COMPUTE) * scale
+    made_f = -finite_or_zero(log_sums(along_columns(g + log_b) - tile, False, FAST_LOG))
+    next_f = made_f * (row_damping * epsilon * LN_2)
+    tl.store(problem_pointer(normalised_f, problem, rows) + i, tl.where(i < n, next_f, 0.0), mask=i < rows)
+
+    massless = log_a == NOTHING
+    weights = tl.exp2(along_rows(made_f) + along_columns(log_b + g) - tile)  # V
+    sums = reduced_sum(weights * along_rows(tl.where(massless, load_vector(grad_f, i, n), 0.0)), True)
+    given_g = load_vector(grad_g, j, m) - row_damping * sums
+    weights = tl.exp2(along_rows(log_a + f) + along_columns(made_g) - tile)  # W
+    row_sums = reduced_sum(weights * along_columns(given_g), False)
+    given_f = load_vector(grad_f, i, n) - column_damping * row_sums
+    root = tl.exp2(0.5 * (log_a + f - made_f))  # of the masses, near the fixed point
+    symmetric = tl.exp2(0.5 * (along_rows(log_a + f + made_f) + along_columns(made_g + log_b + g)) - tile)  # S
+    damping = row_damping * column_damping
+    factor = tl.where(damping == 1.0, 1.0 / tl.maximum(sum_all(root * root), 1.0e-30), 0.0)
+    y = tl.zeros(i.shape, COMPUTE)
+    residual = without_null_space(tl.where(massless, 0.0, given_f / tl.where(massless, 1.0, root)), root, factor)
+    direction = residual
+    square = sum_all(residual * residual)
+    enough = square * tl.full((), solve_tolerance * solve_tolerance, COMPUTE)
+    step = 0
+    while (step < max_solves) & (square > enough):
+        inner = reduced_sum(symmetric * along_rows(direction), True)
+        image = direction - damping * reduced_sum(symmetric * along_columns(inner), False)
+        image = without_null_space(image, root, factor)
+        curvature = sum_all(direction * image)
+        length = tl.where(curvature > 0, square / curvature, 0.0)
+        y += length * direction
+        residual -= length * image
+        new_square = tl.where(curvature > 0, sum_all(residual * residual), 0.0)
+        direction = residual + direction * (new_square / square)
+        square = new_square
+        step += 1
+    y = without_null_space(y, root, factor)
+    # Read again what need not be in registers meanwhile.
+    z_f = tl.where(load_log_masses(a_pointer, i, n) == NOTHING, load_vector(grad_f, i, n), root * y)
+    tl.store(problem_pointer(f_adjoints, problem, rows) + i, tl.where(i < n, z_f, 0.0), mask=i < rows)
+    tile = load_cost(cost, i, j, n, m, columns, COMPUTE) * scale
+    g = load_vector(g_pointer, j, m) * scale
+    weights = saturated_power(along_rows(made_f) + along_columns(g) - tile)
+    column_sums = row_damping * reduced_sum(weights * along_rows(z_f), True)
+    z_g = load_vector(grad_g, j, m) - tl.exp2(load_log_masses(b_pointer, j, m)) * column_sums
+    tl.store(problem_pointer(g_adjoints, problem, columns) + j, tl.where(j < m, z_g, 0.0), mask=j < columns)
+    tl.store(problem_pointer(grad_b, problem, columns) + j, -epsilon * column_sums, mask=j < columns)
+    f = load_vector(f_pointer, i, n) * scale
+    weights = saturated_power(along_rows(f) + along_columns(g / column_damping) - tile)
+    row_sums = column_damping * reduced_sum(weights * along_columns(z_g), False)
+    tl.store(problem_pointer(grad_a, problem, rows) + i, -epsilon * row_sums, mask=i < rows)

@@ -8,7 +8,7 @@ from typing import Any
 
 import aot
 
-INTEGERS = {"rows", "columns", "max_iterations", "vocab_size", "splits", "steps", "students", "teachers", "length"}
+INTEGERS = {"rows", "columns", "max_iterations", "max_solves", "vocab_size", "splits", "steps", "students", "teachers", "length"}
 TYPES: dict[str, str] = dict.fromkeys(INTEGERS, "i32")
 TYPES |= dict.fromkeys(("row_lengths", "column_lengths", "order", "student_order", "teacher_order"), "*i64")
 TYPES |= dict.fromkeys(("iterations", "status"), "*i32")
