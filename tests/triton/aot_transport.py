@@ -8,7 +8,7 @@ from typing import Any
 
 import aot
 
-INTEGERS = {"rows", "columns", "max_iterations", "max_solves", "vocab_size", "splits", "steps", "students", "teachers", "length"}
+INTEGERS = {"rows", "columns", "max_iterations", "max_solves", "vocab_size", "splits", "steps", "students", "teachers", "own_rows", "other_rows", "split_size"}
 TYPES: dict[str, str] = dict.fromkeys(INTEGERS, "i32")
 TYPES |= dict.fromkeys(("row_lengths", "column_lengths", "order", "student_order", "teacher_order"), "*i64")
 TYPES |= dict.fromkeys(("iterations", "status"), "*i32")
@@ -45,7 +45,7 @@ def compiled_resources(case: Case) -> dict[str, Any]:
     target = GPUTarget(*aot.TARGETS[case.target])
     compute = "fp64" if case.dtype == "fp64" else "fp32"
     constants = {"COMPUTE": tl.float64 if compute == "fp64" else tl.float32, **dict(case.sizes)}
-    inputs = {"cost", "cost_gradient", "student", "teacher", "source", "gradient"}
+    inputs = {"cost", "cost_gradient", "student", "teacher", "source", "gradient", "own", "other"}
     signature: dict[str, str] = {}
     constexprs: dict[str, Any] = {}
     for parameter in kernel.params:
