@@ -31,8 +31,10 @@ from kdkernels.functional import (
     topk_logits,
     unpack,
 )
+from kdkernels.functional import distillation_loss, pack, sample_logits, sinkhorn, token_statistics, topk_logits, unpack
 from kdkernels.sources import LMHead, Logits, PackedLogits, SampledLogits, TopKLogits
 from kdkernels.statistics import TokenStatistics
+from kdkernels.transport import SinkhornResult
 
 try:
     __version__ = version("kdkernels")
@@ -56,6 +58,7 @@ __all__ = [
     "Renyi",
     "ReverseKL",
     "SampledLogits",
+    "SinkhornResult",
     "SkewForwardKL",
     "SkewReverseKL",
     "TokenStatistics",
@@ -69,6 +72,7 @@ __all__ = [
     "pairwise_sqeuclidean",
     "reference",
     "sample_logits",
+    "sinkhorn",
     "store",
     "token_statistics",
     "topk_logits",

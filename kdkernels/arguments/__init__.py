@@ -8,6 +8,7 @@ from kdkernels.arguments.pairwise_hidden import hidden_pairs
 from kdkernels.arguments.pairwise_l1 import Pairs, prepare_pairs
 from kdkernels.arguments.records import pack_rows, unpack_rows
 from kdkernels.arguments.rows import Problem, check_memory_budget
+from kdkernels.arguments.sinkhorn import Transport, prepare_sinkhorn
 from kdkernels.arguments.topk import Picking, prepare_sample, prepare_topk
 
 __all__ = [
@@ -15,12 +16,14 @@ __all__ = [
     "Picking",
     "Problem",
     "Total",
+    "Transport",
     "check_memory_budget",
     "hidden_pairs",
     "pack_rows",
     "prepare_loss",
     "prepare_pairs",
     "prepare_sample",
+    "prepare_sinkhorn",
     "prepare_statistics",
     "prepare_topk",
     "unpack_rows",

@@ -4,6 +4,7 @@ from kdkernels.functional.divergence import distillation_loss
 from kdkernels.functional.pairwise_hidden import pairwise_cosine, pairwise_sqeuclidean
 from kdkernels.functional.pairwise_l1 import pairwise_l1
 from kdkernels.functional.records import pack, unpack
+from kdkernels.functional.sinkhorn import sinkhorn
 from kdkernels.functional.token_statistics import token_statistics
 from kdkernels.functional.topk import sample_logits, topk_logits
 
@@ -18,3 +19,4 @@ __all__ = [
     "topk_logits",
     "unpack",
 ]
+__all__ = ["distillation_loss", "pack", "sample_logits", "sinkhorn", "token_statistics", "topk_logits", "unpack"]

@@ -4,6 +4,7 @@ from kdkernels.reference.divergence import distillation_loss
 from kdkernels.reference.pairwise_hidden import pairwise_cosine, pairwise_sqeuclidean
 from kdkernels.reference.pairwise_l1 import pairwise_l1
 from kdkernels.reference.records import pack, unpack
+from kdkernels.reference.sinkhorn import sinkhorn
 from kdkernels.reference.token_statistics import token_statistics
 from kdkernels.reference.topk import sample_logits, topk_logits
 
@@ -18,3 +19,4 @@ __all__ = [
     "topk_logits",
     "unpack",
 ]
+__all__ = ["distillation_loss", "pack", "sample_logits", "sinkhorn", "token_statistics", "topk_logits", "unpack"]
