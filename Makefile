@@ -59,11 +59,14 @@ benchmarks: build  ## measure what the README reports; tables and pictures in ou
 
 # --- checks ------------------------------------------------------------------------------------------------------------
 
+# Side by side in as many processes as there are cores, up to four.
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
+
 test: build $(VENV)/.teacher  ## run every test
-	$(BIN)/pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: build  ## run the tests that take less than a minute together
-	OMP_WAIT_POLICY=passive $(BIN)/pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 # A second copy of the package, its extension built with the sanitizers, which the tests import instead of the checkout.
 # Triton's compiler is left out: it is not ours, and slow under them.

@@ -2,6 +2,7 @@
 
     python examples/distill_lm.py                                   # about six minutes on two CPU cores
     python examples/distill_lm.py --divergence jsd --parameter beta=0.1 --steps 200
+    python examples/distill_lm.py --gradient-tolerance 1e-3     # spares most of the head's backward, see the docs
     python examples/distill_lm.py --device cuda --tokens 8192 --out out/gpu
 
 The teacher is SmolLM2-135M-Instruct (30 layers, 49,152 tokens of vocabulary); the student is cut from it, every third
@@ -46,6 +47,13 @@ from training_step import DIVERGENCES, LossSettings, fused_loss
 DEFAULT_SEQUENCE_LENGTH = 128
 
 DivergenceName = enum.Enum("DivergenceName", {name: name for name in DIVERGENCES}, type=str)
+
+
+class Rounding(str, enum.Enum):
+    nearest = "nearest"
+    stochastic = "stochastic"
+
+
 console = Console()
 
 
@@ -84,7 +92,8 @@ def check_loss(settings: LossSettings, device: str) -> None:
     try:
         fused_loss(settings)(states, weight, states, weight)
     except (ValueError, RuntimeError) as error:
-        raise typer.BadParameter(str(error), param_hint="--backend") from None
+        option = "--gradient-tolerance" if "gradient_tolerance" in str(error) else "--backend"
+        raise typer.BadParameter(str(error), param_hint=option) from None
 
 
 def choose_sequence_length(tokens: int, sequence_length: int | None) -> int:
@@ -160,7 +169,11 @@ def main(
     learning_rate: Annotated[float, typer.Option(help="Peak, after warm-up.")] = 1.5e-3,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     backend: Annotated[str | None, typer.Option(help="Of the fused loss; default: the best available.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Order of the training text.")] = 0,
+    gradient_tolerance: Annotated[
+        float, typer.Option(help="Share of its norm that each token's logit gradient may lose; 0: exact.")
+    ] = 0.0,
+    gradient_rounding: Annotated[Rounding, typer.Option(help="How, with a gradient tolerance.")] = Rounding.nearest,
+    seed: Annotated[int, typer.Option(min=0, help="Order of the training text, and stochastic rounding.")] = 0,
     measure: Annotated[bool, typer.Option(help="Compare time and memory with plain PyTorch at the end.")] = True,
     save_student: Annotated[bool, typer.Option(help="Write the trained student as well.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out"),
@@ -171,7 +184,8 @@ def main(
         if not (math.isfinite(value) and value > 0):
             raise typer.BadParameter(f"must be a positive number, got {value}", param_hint=option)
     check_device(device)
-    loss = LossSettings(name, parse_parameters(name, parameter or []), temperature, backend)
+    parameters = parse_parameters(name, parameter or [])
+    loss = LossSettings(name, parameters, temperature, backend, gradient_tolerance, gradient_rounding.value)
     check_loss(loss, device)
     length = choose_sequence_length(tokens, sequence_length)
     prepare_folder(out)

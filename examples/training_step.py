@@ -52,6 +52,8 @@ class LossSettings:
     parameters: Mapping[str, float] = field(default_factory=dict)
     temperature: float = 1.0
     backend: str | None = None
+    gradient_tolerance: float = 0.0
+    gradient_rounding: str = "nearest"
 
     def describe(self) -> kd.Divergence:
         return DIVERGENCES[self.divergence].make(**self.parameters)
@@ -71,6 +73,8 @@ def fused_loss(settings: LossSettings) -> LossFunction:
             divergence,
             temperature=settings.temperature,
             temperature_squared=True,
+            gradient_tolerance=settings.gradient_tolerance,
+            gradient_rounding=settings.gradient_rounding,
             backend=settings.backend,
         )
 

@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from kdkernels import reference, store
+from kdkernels import alignment, reference, store
 from kdkernels.backends import BackendStatus, backends
 from kdkernels.backends.gradient_entries import GradientReport
 from kdkernels.debugging import debug
@@ -27,11 +27,12 @@ from kdkernels.functional import (
     pairwise_l1,
     pairwise_sqeuclidean,
     sample_logits,
+    sinkhorn,
+    sorted_l1,
     token_statistics,
     topk_logits,
     unpack,
 )
-from kdkernels.functional import distillation_loss, pack, sample_logits, sinkhorn, token_statistics, topk_logits, unpack
 from kdkernels.sources import LMHead, Logits, PackedLogits, SampledLogits, TopKLogits
 from kdkernels.statistics import TokenStatistics
 from kdkernels.transport import SinkhornResult
@@ -63,6 +64,7 @@ __all__ = [
     "SkewReverseKL",
     "TokenStatistics",
     "TopKLogits",
+    "alignment",
     "backends",
     "debug",
     "distillation_loss",
@@ -73,6 +75,7 @@ __all__ = [
     "reference",
     "sample_logits",
     "sinkhorn",
+    "sorted_l1",
     "store",
     "token_statistics",
     "topk_logits",

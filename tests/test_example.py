@@ -25,6 +25,7 @@ import distill_lm  # noqa: E402
 import distillation_job  # noqa: E402
 import smollm2  # noqa: E402
 import step_cost  # noqa: E402
+import tolerance_study  # noqa: E402
 import typer  # noqa: E402
 from training_step import DIVERGENCES, LossSettings  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
@@ -129,6 +130,47 @@ def test_measures_the_fused_loss_against_plain_pytorch(job, tmp_path: Path) -> N
         assert len(time["all_seconds"]["fused"]) == len(time["all_seconds"]["plain"]) == time["repeats"]
         assert set(measured["peak_memory"][part]) == {"fused_bytes", "plain_bytes"}
     assert "peak memory" in output
+
+
+def test_a_gradient_tolerance_changes_the_run_and_is_recorded(job, tmp_path: Path) -> None:
+    losses = []
+    for name, *flags in (("exact",), ("rounded", "--gradient-tolerance", 0.3, "--gradient-rounding", "stochastic")):
+        common = ("--steps", 3, "--tokens", 64, "--held-out-tokens", 64, "--no-measure", "--out", tmp_path / name)
+        status, output = job(*common, *flags)
+        assert status == 0, output
+        results = read_results(tmp_path / name)
+        losses.append(results["training"]["losses"])
+    assert results["config"]["gradient_tolerance"] == 0.3
+    assert results["config"]["gradient_rounding"] == "stochastic"
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
+    assert losses[0][-1] != losses[1][-1]
+
+
+@pytest.mark.parametrize("tolerance", [-1.0, 1.0, math.nan])
+def test_a_gradient_tolerance_out_of_range_is_refused(job, tmp_path: Path, tolerance: float) -> None:
+    status, output = job("--gradient-tolerance", tolerance, "--out", tmp_path)
+    assert status == 2
+    assert "gradient_tolerance" in output
+
+
+@pytest.mark.slow
+def test_tolerance_study(monkeypatch: pytest.MonkeyPatch, tiny_teacher: torch.nn.Module, tmp_path: Path) -> None:
+    monkeypatch.setattr(smollm2, "load_teacher", lambda device: (tiny_teacher.to(device), WordTokenizer()))
+    tolerance_study.main(tolerance=0.5, seeds=2, steps=6, tokens=128, held_out_tokens=128, out=tmp_path)
+    runs = json.loads((tmp_path / "tolerance_study.json").read_text())["runs"]
+    assert [(run["variant"], run["seed"]) for run in runs] == [
+        (variant, seed) for seed in range(2) for variant in ("exact", "nearest", "stochastic")
+    ]
+    for run in runs:
+        assert len(run["losses"]) == len(run["seconds"]) == len(run["densities"]) == 6
+        assert [steps for steps, _ in run["held_out"]] == [0, 1, 2, 4, 5, 6]
+    exact, nearest, stochastic = runs[:3]
+    assert set(exact["densities"]) == {1.0}
+    assert min(nearest["densities"]) < 1
+    assert exact["losses"][0] == pytest.approx(nearest["losses"][0], rel=1e-5)
+    assert exact["losses"][-1] != nearest["losses"][-1] != stochastic["losses"][-1]
+    assert runs[0]["losses"] != runs[3]["losses"]  # the text comes in another order
+    check_picture(tmp_path / "tolerance_study.png")
 
 
 @pytest.mark.slow

@@ -184,6 +184,47 @@ struct SampleProblem {
   void* entropy = nullptr;           // [rows]
 };
 
+// Rows of the `pairwise_l1` family whose softmax is to be normalised.
+struct PairNormalisers {
+  int64_t rows = 0;
+  int64_t vocab = 0;
+  int threads = 1;
+  bool compute_double = false;
+
+  Matrix logits;
+  double temperature = 1;
+  double softcap = 0;  // 0: none
+  void* normalisers =
+      nullptr;  // [rows, 2], of the compute type: the largest logit, the sum of exponentials relative to it
+};
+
+// One side of the `pairwise_l1` family. Arrays whose element type is not said hold the compute type.
+struct PairSide {
+  int64_t rows = 0;  // per problem
+  Matrix logits;     // [problems * rows, vocab]
+  double temperature = 1;
+  double softcap = 0;  // 0: none
+  const void* normalisers = nullptr;
+
+  Matrix gradient;                // may share the storage of logits; data may be null
+  const void* centres = nullptr;  // [problems * rows]: the mean that the gradient takes off
+};
+
+// Pairs of rows: their distances, or with `grad` the gradients. Double if either side is float64, else float.
+struct PairProblem {
+  int64_t problems = 0;
+  int64_t vocab = 0;
+  int threads = 1;
+  bool compute_double = false;
+
+  PairSide student;
+  PairSide teacher;
+
+  void* distance = nullptr;     // [problems, student rows, teacher rows]
+  void* signed_mass = nullptr;  // the same, of sum x sign(x - y); null: not wanted
+  const void* grad = nullptr;   // the same: what the result gives to each distance
+};
+
 // A buffer of this thread, at least `bytes` long and aligned to 64; it is kept between calls.
 // Null if there is no memory.
 void* thread_scratch(int64_t bytes);
@@ -205,6 +246,8 @@ void populate(void* data, int64_t bytes);
   bool unpack_records(RecordProblem& problem);                                    \
   bool topk(const TopKProblem& problem);                                          \
   bool sample(const SampleProblem& problem);                                      \
+  void pairwise_normalisers(const PairNormalisers& problem);                      \
+  bool pairwise_l1(const PairProblem& problem);                                   \
   }
 KD_DECLARE_CPU_KERNELS(baseline)
 KD_DECLARE_CPU_KERNELS(avx2)

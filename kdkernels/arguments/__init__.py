@@ -9,6 +9,7 @@ from kdkernels.arguments.pairwise_l1 import Pairs, prepare_pairs
 from kdkernels.arguments.records import pack_rows, unpack_rows
 from kdkernels.arguments.rows import Problem, check_memory_budget
 from kdkernels.arguments.sinkhorn import Transport, prepare_sinkhorn
+from kdkernels.arguments.sorted_l1 import prepare_sorted_l1
 from kdkernels.arguments.topk import Picking, prepare_sample, prepare_topk
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "prepare_pairs",
     "prepare_sample",
     "prepare_sinkhorn",
+    "prepare_sorted_l1",
     "prepare_statistics",
     "prepare_topk",
     "unpack_rows",

@@ -160,7 +160,10 @@ def pair(
     vocab_size: int | None,
     student_temperature: float | Tensor,
     teacher_temperature: float | Tensor | None,
+    *,
+    same_vocabulary: bool = True,
 ) -> Problem:
+    """Two sources of the same tokens; where their vocabularies may differ, ``Problem.vocab`` is the student's."""
     student_side, shape, vocab = side("student", student, vocab_size)
     device = student_side.tensor.device
     double = student_side.tensor.dtype == torch.float64
@@ -172,7 +175,8 @@ def pair(
                 f"student and teacher must have the same tokens: the student's batch has the shape {tuple(shape)}, "
                 f"the teacher's {tuple(teacher_shape)}"
             )
-        check_same_vocab(vocab, teacher_vocab)
+        if same_vocabulary:
+            check_same_vocab(vocab, teacher_vocab)
         check_same_device(student_side, teacher_side)
         double = double or teacher_side.tensor.dtype == torch.float64
     dtype = torch.float64 if double else torch.float32

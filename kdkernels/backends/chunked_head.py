@@ -1,4 +1,4 @@
-"""The families linear_divergence, token_statistics and topk over any row backend.
+"""The families linear_divergence, sorted_l1, token_statistics and topk over any row backend.
 
 The tokens are cut into chunks whose logits fit a memory budget. In linear_divergence, per chunk, one GEMM per head makes the
 logits, the row kernel turns them into their gradient in place, two GEMMs carry it to the hidden states and the weight.
@@ -26,6 +26,7 @@ __all__ = [
     "divergence",
     "divergence_with_gradients",
     "sample",
+    "sorted_l1",
     "statistics",
     "topk",
 ]
@@ -48,6 +49,10 @@ class SideGradients(NamedTuple):
     tensor: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
+
+    def spread(self, index: Tensor, rows: int) -> SideGradients:
+        """From those of some of the rows to those of all, where the others have none."""
+        return self if self.tensor is None else self._replace(tensor=spread(self.tensor, index, rows))
 
 
 def budget_of(side: Side, memory_budget: int | None) -> int:
@@ -293,14 +298,14 @@ def divergence_with_gradients(
             backend,
         )
         rows = student.tensor.shape[0]
-
-        def spread_hidden(gradients: SideGradients) -> SideGradients:
-            hidden = gradients.tensor
-            return gradients if hidden is None else gradients._replace(tensor=spread(hidden, index, rows))
-
         if spec.labels is not None:
             cross_entropy = spread(cross_entropy, index, rows)
-        return spread(divergence, index, rows), cross_entropy, spread_hidden(to_student), spread_hidden(to_teacher)
+        return (
+            spread(divergence, index, rows),
+            cross_entropy,
+            to_student.spread(index, rows),
+            to_teacher.spread(index, rows),
+        )
     kernels = row_backend(backend)
     values = empty_values(student, teacher, spec)
     settings = list_settings([student, teacher], needs, spec, memory_budget, backend)
@@ -321,6 +326,52 @@ def divergence_with_gradients(
         for head, gradient, listed in zip(heads, gradients, lists, strict=True):
             head.take(gradient, chunk, listed)
     return *values, heads[0].finish(), heads[1].finish()
+
+
+@torch.no_grad()
+def sorted_l1(
+    student: Side,
+    teacher: Side,
+    spec: RowSpec,
+    error_bound: float,
+    grad_values: Tensor | None,
+    needs: tuple[Needs, Needs],
+    memory_budget: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, SideGradients, SideGradients]:
+    """``sorted_l1`` of a row backend for any sources: values, what was omitted, and the gradients that are needed."""
+    index = active_index([student, teacher], spec)
+    if index is not None:
+        values, omitted, to_student, to_teacher = sorted_l1(
+            only_active(student, index),
+            only_active(teacher, index),
+            spec.take(index)._replace(active=None),
+            error_bound,
+            None if grad_values is None else grad_values[index],
+            needs,
+            memory_budget,
+            backend,
+        )
+        rows = student.tensor.shape[0]
+        return (
+            spread(values, index, rows),
+            spread(omitted, index, rows),
+            to_student.spread(index, rows),
+            to_teacher.spread(index, rows),
+        )
+    kernels = row_backend(backend)
+    values = student.tensor.new_empty(student.tensor.shape[0], dtype=compute_dtype(student.tensor, teacher.tensor))
+    omitted = torch.empty_like(values)
+    heads = [Head(side, need, spec.active) for side, need in zip((student, teacher), needs, strict=True)]
+    for chunk in chunks([student, teacher], memory_budget):
+        logits = [head.logits(chunk) for head in heads]
+        gradients = [head.gradient_buffer(part, chunk) for head, part in zip(heads, logits, strict=True)]
+        values[chunk], omitted[chunk] = kernels.sorted_l1(
+            *logits, spec.take(chunk), error_bound, None if grad_values is None else grad_values[chunk], *gradients
+        )
+        for head, gradient in zip(heads, gradients, strict=True):
+            head.take(gradient, chunk)
+    return values, omitted, heads[0].finish(), heads[1].finish()
 
 
 @torch.no_grad()

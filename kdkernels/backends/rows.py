@@ -15,6 +15,15 @@ is float64 if either side is, else float32.
     Optional, where one call per loss is worth having: the scaled sum of the values, with its gradients.
 ``sparse_divergence_fused(student, teacher, spec, grad_divergence, grad_cross_entropy, grad_student)``
     The same for a teacher of ``SparseRows`` (see ``sparse_rows``); without ``grad_student`` the values alone.
+``sorted_l1(student, teacher, spec, error_bound, grad_values, grad_student, grad_teacher) -> (values [N], omitted [N])``
+    The L1 distance of the probabilities ``q`` and ``p`` of each row, both sorted in falling order; here the vocabularies may
+    differ in size, and the shorter row is filled up with zeros. If ``error_bound`` is positive, a backend may leave entries
+    unsorted: each value is then at most ``omitted``, itself at most ``error_bound``, below that of the full sort; rounding is
+    not counted. ``omitted`` is 0 where everything was sorted. The gradients of ``sum(grad_values * values)`` (None: factors of
+    1) are written into ``grad_student`` and ``grad_teacher`` (None: not wanted), each of which may be the storage of its own
+    logits: with the sign ``sigma_v`` of ``q_(r) - p_(r)`` at the rank r of entry v, ranks by falling logit and equal ones by
+    rising id, that of the student is ``q_v (sigma_v - sum_u q_u sigma_u) / temperature``, and the teacher's likewise with
+    the opposite signs. Where q_(r) and p_(r) are equal the sign is 0: rows with the same logits have value and gradient 0.
 ``token_statistics(student, teacher or None, spec) -> (values [N, 10], argmax [N, 2])``
     The columns are named in ``STATISTICS``.
 ``topk(logits, k, tempering) -> (ids int64 [N, k], log_probs [N, k], log_tail_mass [N])``

@@ -5,6 +5,7 @@ from kdkernels.functional.pairwise_hidden import pairwise_cosine, pairwise_sqeuc
 from kdkernels.functional.pairwise_l1 import pairwise_l1
 from kdkernels.functional.records import pack, unpack
 from kdkernels.functional.sinkhorn import sinkhorn
+from kdkernels.functional.sorted_l1 import sorted_l1
 from kdkernels.functional.token_statistics import token_statistics
 from kdkernels.functional.topk import sample_logits, topk_logits
 
@@ -15,8 +16,9 @@ __all__ = [
     "pairwise_l1",
     "pairwise_sqeuclidean",
     "sample_logits",
+    "sinkhorn",
+    "sorted_l1",
     "token_statistics",
     "topk_logits",
     "unpack",
 ]
-__all__ = ["distillation_loss", "pack", "sample_logits", "sinkhorn", "token_statistics", "topk_logits", "unpack"]

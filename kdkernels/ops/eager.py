@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["save", "saved", "take_scaled", "traced"]
+__all__ = ["save", "saved", "take_scaled", "take_scaled_rows", "traced"]
 
 # Questions to torch that have no public form; without them the careful answer is assumed.
 _keeps_graph: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -48,18 +48,36 @@ def saved(ctx: Any) -> tuple[Any, ...]:
     return tuple(ctx.unversioned.get(place, tensor) for place, tensor in enumerate(tensors))
 
 
-def take_scaled(ctx: Any, factor: Tensor) -> list[Tensor | None]:
-    """The gradients made in the forward, times the upstream one; the last backward gives them away.
+def take(ctx: Any) -> tuple[list[Tensor | None], bool]:
+    """The gradients made in the forward, and whether they may be changed: the last backward gives them away.
 
     ``ctx.gradients`` holds the only reference to each, so that what receives it may keep it without a copy.
     """
     gradients = ctx.gradients
     if gradients is None:
-        raise RuntimeError("distillation_loss: trying to backward a second time; use retain_graph=True the first time")
+        raise RuntimeError("kdkernels: trying to backward a second time; use retain_graph=True the first time")
     if keeps_graph():
-        return [None if gradient is None else gradient * factor for gradient in gradients]
+        return list(gradients), False
     ctx.gradients = None
+    return list(gradients), True
+
+
+def take_scaled(ctx: Any, factor: Tensor) -> list[Tensor | None]:
+    """The gradients made in the forward, times the upstream one of a scalar."""
+    gradients, ours = take(ctx)
+    if not ours:
+        return [None if gradient is None else gradient * factor for gradient in gradients]
     # On the CPU looking at the number is free; elsewhere it would synchronise.
     if factor.device.type == "cpu" and factor.item() == 1:
-        return list(gradients)
+        return gradients
     return [None if gradient is None else gradient.mul_(factor) for gradient in gradients]
+
+
+def take_scaled_rows(ctx: Any, factors: Tensor) -> list[Tensor | None]:
+    """The gradients ``[N, ...]`` made in the forward, each row times the upstream one of its value ``[N]``."""
+    gradients, ours = take(ctx)
+    column = factors.unsqueeze(-1)
+    return [
+        None if gradient is None else gradient.mul_(column) if ours else (gradient * column).to(gradient.dtype)
+        for gradient in gradients
+    ]

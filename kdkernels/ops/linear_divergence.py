@@ -79,7 +79,7 @@ def backward(*arguments: Any) -> list[Tensor]:
         memory_budget,
         backend,
     )
-    return or_empty((gradients[0], gradients[1]), sides[0])
+    return or_empty((*gradients[0], *gradients[1]), sides[0])
 
 
 linear_divergence_backward_op = torch.library.custom_op(
@@ -183,7 +183,7 @@ def forward_total(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]
         backend,
     )
     value = weighted_sum((divergence_scale, cross_entropy_scale), divergence, cross_entropy)
-    return value, divergence, cross_entropy, or_empty((gradients[0], gradients[1]), sides[0])
+    return value, divergence, cross_entropy, or_empty((*gradients[0], *gradients[1]), sides[0])
 
 
 linear_divergence_total_op = torch.library.custom_op(

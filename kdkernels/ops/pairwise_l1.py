@@ -84,7 +84,7 @@ def backward(*arguments: Any) -> list[Tensor]:
     gradients = chunked_pairs.gradients(
         *unpack_sides(sides), spec, Found(*found), grad, side_needs(wanted), memory_budget, backend
     )
-    return or_empty(gradients, sides[0])
+    return or_empty((*gradients[0], *gradients[1]), sides[0])
 
 
 pairwise_l1_backward_op = torch.library.custom_op(

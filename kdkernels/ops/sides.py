@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
-from kdkernels.backends.chunked_head import Needs, SideGradients
+from kdkernels.backends.chunked_head import Needs
 from kdkernels.backends.rows import Side
 
 __all__ = [
@@ -58,9 +59,9 @@ def gradients_like(sides: Arguments, wanted: list[bool]) -> list[Tensor]:
     ]
 
 
-def or_empty(gradients: tuple[SideGradients, SideGradients], like: Tensor) -> list[Tensor]:
+def or_empty(gradients: Iterable[Tensor | None], like: Tensor) -> list[Tensor]:
     """An operator returns an empty tensor for a gradient that is not wanted."""
-    return [like.new_empty(0) if gradient is None else gradient for side in gradients for gradient in side]
+    return [like.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
 
 def scattered(gradients: list[Tensor | None]) -> Arguments:

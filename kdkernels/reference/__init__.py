@@ -5,6 +5,7 @@ from kdkernels.reference.pairwise_hidden import pairwise_cosine, pairwise_sqeucl
 from kdkernels.reference.pairwise_l1 import pairwise_l1
 from kdkernels.reference.records import pack, unpack
 from kdkernels.reference.sinkhorn import sinkhorn
+from kdkernels.reference.sorted_l1 import sorted_l1
 from kdkernels.reference.token_statistics import token_statistics
 from kdkernels.reference.topk import sample_logits, topk_logits
 
@@ -15,8 +16,9 @@ __all__ = [
     "pairwise_l1",
     "pairwise_sqeuclidean",
     "sample_logits",
+    "sinkhorn",
+    "sorted_l1",
     "token_statistics",
     "topk_logits",
     "unpack",
 ]
-__all__ = ["distillation_loss", "pack", "sample_logits", "sinkhorn", "token_statistics", "topk_logits", "unpack"]

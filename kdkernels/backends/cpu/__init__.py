@@ -9,6 +9,7 @@ from kdkernels.backends.cpu.divergence import (
 )
 from kdkernels.backends.cpu.gradient_entries import collect_entries, expand_entries, sparse_products
 from kdkernels.backends.cpu.launching import status, supports
+from kdkernels.backends.cpu.pairwise_l1 import pairwise_l1_backward, pairwise_l1_forward, pairwise_normalisers
 from kdkernels.backends.cpu.records import pack_records, unpack_records
 from kdkernels.backends.cpu.sparse_divergence import sparse_divergence_fused
 from kdkernels.backends.cpu.token_statistics import token_statistics
@@ -23,6 +24,9 @@ __all__ = [
     "divergence_total",
     "expand_entries",
     "pack_records",
+    "pairwise_l1_backward",
+    "pairwise_l1_forward",
+    "pairwise_normalisers",
     "sample",
     "sparse_divergence_fused",
     "sparse_products",
