@@ -24,6 +24,7 @@ from .online_softmax import (
     advance_maximum,
     lane_sum,
     load_logits,
+    load_probabilities,
     merge_maximum,
     powers_of_two,
     row_pointer,
@@ -77,16 +78,6 @@ def load_normalisers(normalisers, rows):
     return tl.load(normalisers + row)[:, None], 1.0 / tl.load(normalisers + row + 1)[:, None]
 
 
-@triton.jit
-def load_probabilities(
-    rows, columns, vocab_size, largest, factors, scale, cap, HAS_CAP: tl.constexpr, COMPUTE: tl.constexpr
-):
-    """(probabilities [rows, columns], 0 outside the vocabulary; logits; tanh of the cap). rows: pointers [rows, 1]."""
-    valid = (columns < vocab_size)[None, :]
-    logits, tanh = load_logits(rows, columns[None, :], valid, cap, HAS_CAP, True, "", COMPUTE)
-    return tl.where(valid, tl.exp2((logits - largest) * scale) * factors, 0.0), logits, tanh
-
-
 @triton.jit(do_not_specialize=["student_stride", "teacher_stride", "students", "teachers", "vocab_size", "split_size"])
 def pairwise_l1_forward_kernel(
     student,
@@ -112,15 +103,17 @@ def pairwise_l1_forward_kernel(
     TEACHER_BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """A block of pairs of one problem over one part of the vocabulary; grid (blocks of pairs, B, parts).
+    """A block of pairs of one problem over one part of the vocabulary; grid (B * blocks of pairs, parts).
 
     students, teachers: rows per problem; parts are `split_size` long. distance [parts, B, students, teachers]: the sums of
     this part; signed_mass: the sums of x sign(x - y), or None.
     """
-    problem = tl.program_id(1)
     teacher_blocks = tl.cdiv(teachers, TEACHER_BLOCK)
-    i = tl.program_id(0) // teacher_blocks * STUDENT_BLOCK + tl.arange(0, STUDENT_BLOCK)
-    j = tl.program_id(0) % teacher_blocks * TEACHER_BLOCK + tl.arange(0, TEACHER_BLOCK)
+    blocks = tl.cdiv(students, STUDENT_BLOCK) * teacher_blocks
+    problem = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    i = block // teacher_blocks * STUDENT_BLOCK + tl.arange(0, STUDENT_BLOCK)
+    j = block % teacher_blocks * TEACHER_BLOCK + tl.arange(0, TEACHER_BLOCK)
     # Rows past the end stand for the last one; they are not stored.
     student_rows = problem.to(tl.int64) * students + tl.minimum(i, students - 1)
     teacher_rows = problem.to(tl.int64) * teachers + tl.minimum(j, teachers - 1)
@@ -132,25 +125,28 @@ def pairwise_l1_forward_kernel(
     largest_t, factors_t = load_normalisers(teacher_normalisers, teacher_rows)
     student_pointers = student + student_rows[:, None] * student_stride
     teacher_pointers = teacher + teacher_rows[:, None] * teacher_stride
-    start = tl.program_id(2) * split_size
+    start = tl.program_id(1) * split_size
     end = tl.minimum(start + split_size, vocab_size)
 
     total = tl.zeros((STUDENT_BLOCK, TEACHER_BLOCK, LANES), COMPUTE)
     signed_total = tl.zeros((STUDENT_BLOCK, TEACHER_BLOCK, LANES), COMPUTE)
     for first in range(start, end, LANES):
         columns = first + tl.arange(0, LANES)
+        valid = (columns < end)[None, :]
         x, _, _ = load_probabilities(
-            student_pointers, columns, end, largest_s, factors_s, student_scale, student_cap, HAS_STUDENT_CAP, COMPUTE
-        )
+            student_pointers, columns[None, :], valid, largest_s, factors_s, student_scale, student_cap,
+            HAS_STUDENT_CAP, COMPUTE,
+        )  # fmt: skip
         y, _, _ = load_probabilities(
-            teacher_pointers, columns, end, largest_t, factors_t, teacher_scale, teacher_cap, HAS_TEACHER_CAP, COMPUTE
-        )
+            teacher_pointers, columns[None, :], valid, largest_t, factors_t, teacher_scale, teacher_cap,
+            HAS_TEACHER_CAP, COMPUTE,
+        )  # fmt: skip
         x = x[:, None, :]
         difference = x - y[None, :, :]
         total += tl.abs(difference)
         if signed_mass is not None:
             signed_total += tl.where(difference > 0, x, tl.where(difference < 0, -x, 0.0))
-    part = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + problem
+    part = tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // blocks) + problem
     offsets = (part * students + i[:, None]) * teachers + j[None, :]
     inside = (i < students)[:, None] & (j < teachers)[None, :]
     tl.store(distance + offsets, tl.sum(total, axis=2), mask=inside)
@@ -197,23 +193,26 @@ def pairwise_l1_backward_kernel(
     OTHER_BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The gradient to some logits of the side `own`, which it may be written over; grid (blocks of columns, of rows, B).
+    """The gradient to some logits of the side `own`, which it may be written over; grid (B * blocks of rows, blocks of columns).
 
     own, gradient: [B own_rows, V]; other: [B other_rows, V]. grad: [B, ...] of the pairs, strides of either side's rows in
     a problem; centres: [B own_rows].
     """
-    problem = tl.program_id(2).to(tl.int64)
-    i = tl.program_id(1) * OWN_BLOCK + tl.arange(0, OWN_BLOCK)
+    blocks = tl.cdiv(own_rows, OWN_BLOCK)
+    problem = (tl.program_id(0) // blocks).to(tl.int64)
+    i = tl.program_id(0) % blocks * OWN_BLOCK + tl.arange(0, OWN_BLOCK)
     rows = problem * own_rows + tl.minimum(i, own_rows - 1)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     own_scale = LOG2_E / tl.full((), own_temperature, COMPUTE)
     other_scale = LOG2_E / tl.full((), other_temperature, COMPUTE)
     own_cap = tl.full((), own_softcap, COMPUTE)
     other_cap = tl.full((), other_softcap, COMPUTE)
     largest, factors = load_normalisers(own_normalisers, rows)
+    valid = (columns < vocab_size)[None, :]
     x, logits, tanh = load_probabilities(
-        own + rows[:, None] * own_stride, columns, vocab_size, largest, factors, own_scale, own_cap, HAS_OWN_CAP, COMPUTE
-    )
+        own + rows[:, None] * own_stride, columns[None, :], valid, largest, factors, own_scale, own_cap,
+        HAS_OWN_CAP, COMPUTE,
+    )  # fmt: skip
     grad += problem * own_rows * other_rows
     # [other, own, columns]: the sum over the other rows is each thread's own.
     h = tl.zeros((OWN_BLOCK, COLUMNS), COMPUTE)
@@ -227,13 +226,13 @@ def pairwise_l1_backward_kernel(
         others = problem * other_rows + tl.minimum(j, other_rows - 1)
         other_largest, other_factors = load_normalisers(other_normalisers, others)
         y, _, _ = load_probabilities(
-            other + others[:, None] * other_stride, columns, vocab_size, other_largest, other_factors, other_scale,
+            other + others[:, None] * other_stride, columns[None, :], valid, other_largest, other_factors, other_scale,
             other_cap, HAS_OTHER_CAP, COMPUTE,
         )  # fmt: skip
         difference = x[None, :, :] - y[:, None, :]
         h += tl.sum(tl.where(difference > 0, pair_grads, tl.where(difference < 0, -pair_grads, 0.0)), axis=0)
     centre = tl.load(centres + rows)[:, None]
     made = x * (h - centre) / tl.full((), own_temperature, COMPUTE)
-    inside = (i < own_rows)[:, None] & (columns < vocab_size)[None, :]
+    inside = (i < own_rows)[:, None] & valid
     pointers = gradient + rows[:, None] * gradient_stride + columns[None, :]
     store_gradient(pointers, made, logits, tanh, inside, HAS_OWN_CAP, True)

@@ -33,13 +33,13 @@ import triton.language as tl
 
 from .online_softmax import LN_2, LOG2_E, log2_of, round_to
 
-# Status of a problem, bits.
+# What may be wrong with a problem, bits.
 BAD_COST = tl.constexpr(1)  # NaN or -inf
 BLOCKED_ROW = tl.constexpr(2)  # a row with mass, all of whose pairs are forbidden
 BLOCKED_COLUMN = tl.constexpr(4)
 
-# Largest exponent of a weight divided by its mass: where both masses are 0 nothing else bounds it.
-SATURATION = tl.constexpr(120.0)
+# Largest exponent of a weight divided by its mass, base 2: where both masses are 0 nothing else bounds it.
+SATURATION = tl.constexpr(99.5)
 NOTHING = tl.constexpr(float("-inf"))  # the logarithm of 0
 
 
@@ -52,12 +52,15 @@ def problem_pointer(pointer, problem, size):
 
 
 @triton.jit
-def problem_length(lengths, problem, size):
-    """How many of its `size` rows or columns a problem uses."""
-    length = size
-    if lengths is not None:
-        length = tl.load(lengths + problem).to(tl.int32)
-    return length
+def problem_lengths(row_lengths, column_lengths, problem, rows, columns):
+    """How many rows and columns a problem uses; neither, if it lacks one of them."""
+    n = rows
+    m = columns
+    if row_lengths is not None:
+        n = tl.load(row_lengths + problem).to(tl.int32)
+    if column_lengths is not None:
+        m = tl.load(column_lengths + problem).to(tl.int32)
+    return tl.where(m > 0, n, 0), tl.where(n > 0, m, 0)
 
 
 @triton.jit
@@ -157,6 +160,12 @@ def log_sums(exponents, COLUMNS: tl.constexpr, FAST_LOG: tl.constexpr):
 
 
 @triton.jit
+def damping_of(reach, epsilon):
+    """lam of a side; 1 if its reach is infinite."""
+    return 1.0 / (1.0 + epsilon / reach)
+
+
+@triton.jit
 def new_potential(sums, damping, epsilon):
     """The potential that these logarithms give: 0 where every pair is forbidden."""
     return tl.where(sums == NOTHING, 0.0, sums * (-damping * epsilon * LN_2))
@@ -189,6 +198,12 @@ def blocked(sums, log_masses):
     return ((log_masses > NOTHING) & (sums == NOTHING)).to(tl.int32)
 
 
+@triton.jit
+def fault_of(flags):
+    """The number that `kdkernels.backends.transport.FAULTS` gives to the first of the faults; 0: none."""
+    return tl.where(flags & BAD_COST, 1, tl.where(flags & BLOCKED_ROW, 2, tl.where(flags & BLOCKED_COLUMN, 3, 0)))
+
+
 @triton.jit(do_not_specialize=["rows", "columns", "max_iterations"])
 def sinkhorn_kernel(
     cost,
@@ -203,8 +218,8 @@ def sinkhorn_kernel(
     max_iterations,
     epsilon: tl.float64,
     tolerance: tl.float64,
-    row_damping: tl.float64,
-    column_damping: tl.float64,
+    row_reach: tl.float64,
+    column_reach: tl.float64,
     f_out,
     g_out,
     f_history,
@@ -223,40 +238,37 @@ def sinkhorn_kernel(
     """One problem with its cost in registers; grid (B,).
 
     log_a, log_b: log2 of the marginals; start: [B, m] the first g, or None (0); epsilons: [max_iterations] in COMPUTE.
-    f_history [B, max_iterations, n] and g_history [B, max_iterations + 1, m], the start first, may be None.
-    iterations, status: int32 [B]; error_out: [B].
+    f_history [B, max_iterations, n] and g_history [B, max_iterations, m] may be None. iterations: int64 [B]; status: int32
+    [B]; error_out: [B].
     """
     problem = tl.program_id(0)
-    n = problem_length(row_lengths, problem, rows)
-    m = problem_length(column_lengths, problem, columns)
+    n, m = problem_lengths(row_lengths, column_lengths, problem, rows, columns)
     i = positions(ROW_STEPS, ROW_LANES)
     j = positions(COLUMN_STEPS, COLUMN_LANES)
     tile = load_cost(problem_pointer(cost, problem, rows.to(tl.int64) * columns), i, j, n, m, columns, COMPUTE)
     log_a = load_log_masses(problem_pointer(log_a, problem, rows), i, n)
     log_b = load_log_masses(problem_pointer(log_b, problem, columns), j, m)
     f_history = problem_pointer(f_history, problem, max_iterations.to(tl.int64) * rows)
-    g_history = problem_pointer(g_history, problem, (max_iterations + 1).to(tl.int64) * columns)
+    g_history = problem_pointer(g_history, problem, max_iterations.to(tl.int64) * columns)
     last = tl.full((), epsilon, COMPUTE)
     tolerance = tl.full((), tolerance, COMPUTE)
-    row_damping = tl.full((), row_damping, COMPUTE)
-    column_damping = tl.full((), column_damping, COMPUTE)
+    row_reach = tl.full((), row_reach, COMPUTE)
+    column_reach = tl.full((), column_reach, COMPUTE)
 
     f = tl.zeros(i.shape, COMPUTE)
     g = tl.zeros(j.shape, COMPUTE)
     if start is not None:
         g = load_vector(problem_pointer(start, problem, columns), j, m)
-    if g_history is not None:
-        tl.store(g_history + j, g, mask=j < m)
     flags = cost_status(tile)
-    error = tl.full((), float("inf"), COMPUTE)
+    error = tl.zeros((), COMPUTE)
     settled = False  # whether g was made with the last epsilon
     step = 0
-    going = True
+    going = n > 0
     while going:
         epsilon_now = epsilon_at(epsilons, step, max_iterations, last)
         scale = LOG2_E / epsilon_now
         sums = log_sums(along_columns(g * scale + log_b) - tile * scale, False, FAST_LOG)
-        new_f = new_potential(sums, row_damping, epsilon_now)
+        new_f = new_potential(sums, damping_of(row_reach, epsilon_now), epsilon_now)
         if step > 0:
             if RELAXED:
                 error = max_all(row_errors(f, new_f, log_a, epsilon_now, RELAXED))
@@ -268,19 +280,19 @@ def sinkhorn_kernel(
         if going:
             f = new_f
             column_sums = log_sums(along_rows(f * scale + log_a) - tile * scale, True, FAST_LOG)
-            g = new_potential(column_sums, column_damping, epsilon_now)
+            g = new_potential(column_sums, damping_of(column_reach, epsilon_now), epsilon_now)
             if step == 0:
                 flags |= max_all(blocked(column_sums, log_b)) * BLOCKED_COLUMN
             if f_history is not None:
-                tl.store(f_history + step.to(tl.int64) * rows + i, f, mask=i < n)
-                tl.store(g_history + (step + 1).to(tl.int64) * columns + j, g, mask=j < m)
+                tl.store(f_history + rows.to(tl.int64) * step + i, f, mask=i < n)
+                tl.store(g_history + columns.to(tl.int64) * step + j, g, mask=j < m)
             settled = epsilon_now <= last
             step += 1
     tl.store(problem_pointer(f_out, problem, rows) + i, tl.where(i < n, f, 0.0), mask=i < rows)
     tl.store(problem_pointer(g_out, problem, columns) + j, tl.where(j < m, g, 0.0), mask=j < columns)
     tl.store(iterations + problem, step)
     tl.store(error_out + problem, error)
-    tl.store(status + problem, flags)
+    tl.store(status + problem, fault_of(flags))
 
 
 @triton.jit
@@ -366,8 +378,8 @@ def sinkhorn_streamed_kernel(
     max_iterations,
     epsilon: tl.float64,
     tolerance: tl.float64,
-    row_damping: tl.float64,
-    column_damping: tl.float64,
+    row_reach: tl.float64,
+    column_reach: tl.float64,
     f_out,
     g_out,
     f_history,
@@ -387,8 +399,7 @@ def sinkhorn_streamed_kernel(
 ):
     """The same for a problem of any size; next_f: [B, n] scratch. Vectors alone are walked in blocks of VECTOR."""
     problem = tl.program_id(0)
-    n = problem_length(row_lengths, problem, rows)
-    m = problem_length(column_lengths, problem, columns)
+    n, m = problem_lengths(row_lengths, column_lengths, problem, rows, columns)
     cost = problem_pointer(cost, problem, rows.to(tl.int64) * columns)
     log_a = problem_pointer(log_a, problem, rows)
     log_b = problem_pointer(log_b, problem, columns)
@@ -396,11 +407,11 @@ def sinkhorn_streamed_kernel(
     g = problem_pointer(g_out, problem, columns)
     next_f = problem_pointer(next_f, problem, rows)
     f_history = problem_pointer(f_history, problem, max_iterations.to(tl.int64) * rows)
-    g_history = problem_pointer(g_history, problem, (max_iterations + 1).to(tl.int64) * columns)
+    g_history = problem_pointer(g_history, problem, max_iterations.to(tl.int64) * columns)
     last = tl.full((), epsilon, COMPUTE)
     tolerance = tl.full((), tolerance, COMPUTE)
-    row_damping = tl.full((), row_damping, COMPUTE)
-    column_damping = tl.full((), column_damping, COMPUTE)
+    row_reach = tl.full((), row_reach, COMPUTE)
+    column_reach = tl.full((), column_reach, COMPUTE)
 
     copy_vector(f, f, 0, rows, VECTOR)
     if start is None:
@@ -408,17 +419,15 @@ def sinkhorn_streamed_kernel(
     else:
         copy_vector(problem_pointer(start, problem, columns), g, m, columns, VECTOR)
     tl.debug_barrier()
-    if g_history is not None:
-        copy_vector(g, g_history, m, m, VECTOR)
     flags = 0
-    error = tl.full((), float("inf"), COMPUTE)
+    error = tl.zeros((), COMPUTE)
     settled = False
     step = 0
-    going = True
+    going = n > 0
     while going:
         epsilon_now = epsilon_at(epsilons, step, max_iterations, last)
         found, stuck = streamed_half(
-            cost, g, log_b, log_a, next_f, n, m, columns, epsilon_now, row_damping,
+            cost, g, log_b, log_a, next_f, n, m, columns, epsilon_now, damping_of(row_reach, epsilon_now),
             False, FAST_LOG, COMPUTE, ROW_STEPS, COLUMN_STEPS, ROW_LANES, COLUMN_LANES,
         )  # fmt: skip
         if step > 0:
@@ -437,21 +446,21 @@ def sinkhorn_streamed_kernel(
         going = (step < max_iterations) & ~(settled & (tolerance > 0) & (error <= tolerance))
         if going:
             found, stuck = streamed_half(
-                cost, next_f, log_a, log_b, g, n, m, columns, epsilon_now, column_damping,
+                cost, next_f, log_a, log_b, g, n, m, columns, epsilon_now, damping_of(column_reach, epsilon_now),
                 True, FAST_LOG, COMPUTE, ROW_STEPS, COLUMN_STEPS, ROW_LANES, COLUMN_LANES,
             )  # fmt: skip
             if step == 0:
                 flags |= stuck * BLOCKED_COLUMN
             copy_vector(next_f, f, n, n, VECTOR)
             if f_history is not None:
-                copy_vector(next_f, f_history + step.to(tl.int64) * rows, n, n, VECTOR)
-                copy_vector(g, g_history + (step + 1).to(tl.int64) * columns, m, m, VECTOR)
+                copy_vector(next_f, f_history + rows.to(tl.int64) * step, n, n, VECTOR)
+                copy_vector(g, g_history + columns.to(tl.int64) * step, m, m, VECTOR)
             settled = epsilon_now <= last
             step += 1
             tl.debug_barrier()
     tl.store(iterations + problem, step)
     tl.store(error_out + problem, error)
-    tl.store(status + problem, flags)
+    tl.store(status + problem, fault_of(flags))
 
 
 @triton.jit
@@ -483,12 +492,11 @@ def sinkhorn_product_kernel(
     """A matrix 2 ** (row_exponents + column_exponents) exp(-C / epsilon) times a vector, some rows of a problem.
 
     The result for the rows, sums over the columns, or, if COLUMNS, for the columns; grid (B, blocks of rows or columns).
-    vector: [B, m] (COLUMNS: [B, n]); product: [B, n] (COLUMNS: [B, m]), 0 on the padding; cost_product: the same with each
+    vector: [B, m] (COLUMNS: [B, n]), or None (ones); product: [B, n] (COLUMNS: [B, m]), 0 on the padding; cost_product: the same with each
     entry of the matrix multiplied by its cost (0 for forbidden pairs), or None.
     """
     problem = tl.program_id(0)
-    n = problem_length(row_lengths, problem, rows)
-    m = problem_length(column_lengths, problem, columns)
+    n, m = problem_lengths(row_lengths, column_lengths, problem, rows, columns)
     cost = problem_pointer(cost, problem, rows.to(tl.int64) * columns)
     row_exponents = problem_pointer(row_exponents, problem, rows)
     column_exponents = problem_pointer(column_exponents, problem, columns)
@@ -506,6 +514,7 @@ def sinkhorn_product_kernel(
         outer_size, outer_length, inner_size, inner_length = rows, n, columns, m
         outer_exponents, inner_exponents = row_exponents, column_exponents
     vector = problem_pointer(vector, problem, inner_size)
+    # Exponents of -inf leave out what is outside the problem.
     shift = load_log_masses(outer_exponents, outer, outer_length)
     total = tl.zeros(outer.shape, COMPUTE)
     cost_total = tl.zeros(outer.shape, COMPUTE)
@@ -516,13 +525,24 @@ def sinkhorn_product_kernel(
         else:
             tile = load_cost(cost, outer, inner, n, m, columns, COMPUTE)
         shifts = along(shift, COLUMNS) + along(load_log_masses(inner_exponents, inner, inner_length), not COLUMNS)
-        terms = saturated_power(shifts - tile * scale) * along(load_vector(vector, inner, inner_length), not COLUMNS)
+        terms = saturated_power(shifts - tile * scale)
+        if vector is not None:
+            terms *= along(load_vector(vector, inner, inner_length), not COLUMNS)
         total += reduced_sum(terms, COLUMNS)
         if cost_product is not None:
             cost_total += reduced_sum(tl.where(tile < float("inf"), terms * tile, 0.0), COLUMNS)
     tl.store(problem_pointer(product, problem, outer_size) + outer, total, mask=outer < outer_size)
     if cost_product is not None:
         tl.store(problem_pointer(cost_product, problem, outer_size) + outer, cost_total, mask=outer < outer_size)
+
+
+@triton.jit
+def load_previous(g_history, start, step, columns, j, m):
+    """Part of the g that iteration `step` began with."""
+    g = load_vector(g_history + columns.to(tl.int64) * (step - 1), j, tl.where(step > 0, m, 0))
+    if start is not None:
+        g += load_vector(start, j, tl.where(step > 0, 0, m))
+    return g
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "max_iterations"])
@@ -532,6 +552,7 @@ def sinkhorn_adjoint_kernel(
     log_b,
     row_lengths,
     column_lengths,
+    start,
     f_history,
     g_history,
     epsilons,
@@ -539,8 +560,8 @@ def sinkhorn_adjoint_kernel(
     rows,
     columns,
     max_iterations,
-    row_damping: tl.float64,
-    column_damping: tl.float64,
+    row_reach: tl.float64,
+    column_reach: tl.float64,
     grad_f,
     grad_g,
     f_adjoints,
@@ -561,38 +582,40 @@ def sinkhorn_adjoint_kernel(
     grad_a [B, n], grad_b [B, m]: of the marginals, 0 on the padding.
     """
     problem = tl.program_id(0)
-    n = problem_length(row_lengths, problem, rows)
-    m = problem_length(column_lengths, problem, columns)
+    n, m = problem_lengths(row_lengths, column_lengths, problem, rows, columns)
     i = positions(ROW_STEPS, ROW_LANES)
     j = positions(COLUMN_STEPS, COLUMN_LANES)
     tile = load_cost(problem_pointer(cost, problem, rows.to(tl.int64) * columns), i, j, n, m, columns, COMPUTE)
     log_a = problem_pointer(log_a, problem, rows)
     log_b = problem_pointer(log_b, problem, columns)
     f_history = problem_pointer(f_history, problem, max_iterations.to(tl.int64) * rows)
-    g_history = problem_pointer(g_history, problem, (max_iterations + 1).to(tl.int64) * columns)
+    g_history = problem_pointer(g_history, problem, max_iterations.to(tl.int64) * columns)
     f_adjoints = problem_pointer(f_adjoints, problem, max_iterations.to(tl.int64) * rows)
     g_adjoints = problem_pointer(g_adjoints, problem, (max_iterations + 1).to(tl.int64) * columns)
-    row_damping = tl.full((), row_damping, COMPUTE)
-    column_damping = tl.full((), column_damping, COMPUTE)
+    row_reach = tl.full((), row_reach, COMPUTE)
+    column_reach = tl.full((), column_reach, COMPUTE)
 
+    start = problem_pointer(start, problem, columns)
     z_f = load_vector(problem_pointer(grad_f, problem, rows), i, n)
     z_g = load_vector(problem_pointer(grad_g, problem, columns), j, m)
     to_a = tl.zeros(i.shape, COMPUTE)
     to_b = tl.zeros(j.shape, COMPUTE)
-    step = tl.load(iterations + problem)
+    step = tl.load(iterations + problem).to(tl.int32)
     while step > 0:
         step -= 1
         epsilon = tl.load(epsilons + step)
         scale = LOG2_E / epsilon
-        f = load_vector(f_history + step.to(tl.int64) * rows, i, n) * scale
-        g = load_vector(g_history + (step + 1).to(tl.int64) * columns, j, m) * scale
-        tl.store(g_adjoints + (step + 1).to(tl.int64) * columns + j, z_g, mask=j < m)
+        f = load_vector(f_history + rows.to(tl.int64) * step, i, n) * scale
+        g = load_vector(g_history + columns.to(tl.int64) * step, j, m) * scale
+        row_damping = damping_of(row_reach, epsilon)
+        column_damping = damping_of(column_reach, epsilon)
+        tl.store(g_adjoints + columns.to(tl.int64) * (step + 1) + j, z_g, mask=j < m)
         powers = saturated_power(along_rows(f) + along_columns(g / column_damping) - tile * scale)
         sums = column_damping * reduced_sum(powers * along_columns(z_g), False)
         to_a -= epsilon * sums
         z_f -= tl.exp2(load_log_masses(log_a, i, n)) * sums
-        tl.store(f_adjoints + step.to(tl.int64) * rows + i, z_f, mask=i < n)
-        g = load_vector(g_history + step.to(tl.int64) * columns, j, m) * scale
+        tl.store(f_adjoints + rows.to(tl.int64) * step + i, z_f, mask=i < n)
+        g = load_previous(g_history, start, step, columns, j, m) * scale
         powers = saturated_power(along_rows(f / row_damping) + along_columns(g) - tile * scale)
         column_sums = row_damping * reduced_sum(powers * along_rows(z_f), True)
         to_b -= epsilon * column_sums
@@ -607,6 +630,7 @@ def streamed_adjoint_half(
     cost,
     log_masses,
     outer_potential,
+    outer_potential_length,
     inner_potential,
     adjoint,
     given,
@@ -639,7 +663,7 @@ def streamed_adjoint_half(
     scale = LOG2_E / epsilon
     for first in range(0, outer_length, outer_positions.numel):
         outer = first + outer_positions
-        shift = load_vector(outer_potential, outer, outer_length) * scale
+        shift = load_vector(outer_potential, outer, outer_potential_length) * scale
         sums = tl.zeros(outer.shape, COMPUTE)
         for inner_first in range(0, inner_length, inner_positions.numel):
             inner = inner_first + inner_positions
@@ -665,6 +689,7 @@ def sinkhorn_adjoint_streamed_kernel(
     log_b,
     row_lengths,
     column_lengths,
+    start,
     f_history,
     g_history,
     epsilons,
@@ -672,8 +697,8 @@ def sinkhorn_adjoint_streamed_kernel(
     rows,
     columns,
     max_iterations,
-    row_damping: tl.float64,
-    column_damping: tl.float64,
+    row_reach: tl.float64,
+    column_reach: tl.float64,
     grad_f,
     grad_g,
     f_adjoints,
@@ -689,8 +714,7 @@ def sinkhorn_adjoint_streamed_kernel(
 ):
     """The same for a problem of any size."""
     problem = tl.program_id(0)
-    n = problem_length(row_lengths, problem, rows)
-    m = problem_length(column_lengths, problem, columns)
+    n, m = problem_lengths(row_lengths, column_lengths, problem, rows, columns)
     cost = problem_pointer(cost, problem, rows.to(tl.int64) * columns)
     log_a = problem_pointer(log_a, problem, rows)
     log_b = problem_pointer(log_b, problem, columns)
@@ -698,33 +722,41 @@ def sinkhorn_adjoint_streamed_kernel(
     grad_a = problem_pointer(grad_a, problem, rows)
     grad_b = problem_pointer(grad_b, problem, columns)
     f_history = problem_pointer(f_history, problem, max_iterations.to(tl.int64) * rows)
-    g_history = problem_pointer(g_history, problem, (max_iterations + 1).to(tl.int64) * columns)
+    g_history = problem_pointer(g_history, problem, max_iterations.to(tl.int64) * columns)
     f_adjoints = problem_pointer(f_adjoints, problem, max_iterations.to(tl.int64) * rows)
     g_adjoints = problem_pointer(g_adjoints, problem, (max_iterations + 1).to(tl.int64) * columns)
-    row_damping = tl.full((), row_damping, COMPUTE)
-    column_damping = tl.full((), column_damping, COMPUTE)
+    row_reach = tl.full((), row_reach, COMPUTE)
+    column_reach = tl.full((), column_reach, COMPUTE)
 
-    step = tl.load(iterations + problem)
-    copy_vector(problem_pointer(grad_g, problem, columns), g_adjoints + step.to(tl.int64) * columns, m, m, VECTOR)
+    step = tl.load(iterations + problem).to(tl.int32)
+    copy_vector(problem_pointer(grad_g, problem, columns), g_adjoints + columns.to(tl.int64) * step, m, m, VECTOR)
     copy_vector(grad_a, grad_a, 0, rows, VECTOR)
     copy_vector(grad_b, grad_b, 0, columns, VECTOR)
     tl.debug_barrier()
+    start = problem_pointer(start, problem, columns)
     given_length = n
     while step > 0:
         step -= 1
         epsilon = tl.load(epsilons + step)
-        f = f_history + step.to(tl.int64) * rows
-        old_g = g_history + step.to(tl.int64) * columns
-        z_f = f_adjoints + step.to(tl.int64) * rows
-        old_z_g = g_adjoints + step.to(tl.int64) * columns
+        f = f_history + rows.to(tl.int64) * step
+        g = g_history + columns.to(tl.int64) * step
+        z_f = f_adjoints + rows.to(tl.int64) * step
+        z_g = g_adjoints + columns.to(tl.int64) * (step + 1)
         streamed_adjoint_half(
-            cost, log_a, f, old_g + columns, old_z_g + columns, grad_f, given_length, z_f, grad_a, n, m, columns, epsilon,
-            column_damping, False, COMPUTE, ROW_STEPS, COLUMN_STEPS, ROW_LANES, COLUMN_LANES,
+            cost, log_a, f, n, g, z_g, grad_f, given_length, z_f, grad_a, n, m, columns, epsilon,
+            damping_of(column_reach, epsilon), False, COMPUTE, ROW_STEPS, COLUMN_STEPS, ROW_LANES, COLUMN_LANES,
         )  # fmt: skip
         given_length = 0
+        old_g = g - columns
+        old_length = m
+        if step == 0:
+            if start is None:
+                old_length = 0
+            else:
+                old_g = start
         streamed_adjoint_half(
-            cost, log_b, old_g, f, z_f, grad_f, given_length, old_z_g, grad_b, n, m, columns, epsilon,
-            row_damping, True, COMPUTE, ROW_STEPS, COLUMN_STEPS, ROW_LANES, COLUMN_LANES,
+            cost, log_b, old_g, old_length, f, z_f, grad_f, given_length, z_g - columns, grad_b, n, m, columns, epsilon,
+            damping_of(row_reach, epsilon), True, COMPUTE, ROW_STEPS, COLUMN_STEPS, ROW_LANES, COLUMN_LANES,
         )  # fmt: skip
 
 
@@ -735,6 +767,7 @@ def sinkhorn_cost_gradient_kernel(
     log_b,
     row_lengths,
     column_lengths,
+    start,
     f_history,
     normalised_f,
     g_history,
@@ -746,12 +779,11 @@ def sinkhorn_cost_gradient_kernel(
     columns,
     max_iterations,
     epsilon: tl.float64,
-    row_damping: tl.float64,
-    column_damping: tl.float64,
+    row_reach: tl.float64,
+    column_reach: tl.float64,
     f,
     g,
-    row_factors,
-    column_factors,
+    plan_factors,
     cost_factors,
     cost_gradient,
     COMPUTE: tl.constexpr,
@@ -762,14 +794,12 @@ def sinkhorn_cost_gradient_kernel(
 ):
     """A tile of the gradient to the cost, 0 on the padding; grid (B, blocks of rows, blocks of columns).
 
-    It is P o (row_factors [B, n] + column_factors [B, m] + cost_factors [B] C), the plan P with the potentials f and g,
-    and, if f_adjoints are given, what comes through the iterations: sum over them of lam_b W o z_g + lam_a V o z_f.
+    It is P o (plan_factors [B] + cost_factors [B] C), with the plan P of the potentials f and g, and, if f_adjoints are given, what comes through the iterations: sum over them of lam_b W o z_g + lam_a V o z_f.
     normalised_f: [B, max_iterations, n] the potential that makes the rows of V sum to 1: f_history, if f was made from the
     g before it.
     """
     problem = tl.program_id(0)
-    n = problem_length(row_lengths, problem, rows)
-    m = problem_length(column_lengths, problem, columns)
+    n, m = problem_lengths(row_lengths, column_lengths, problem, rows, columns)
     row_positions = positions(ROW_STEPS, ROW_LANES)
     column_positions = positions(COLUMN_STEPS, COLUMN_LANES)
     i = tl.program_id(1) * row_positions.numel + row_positions
@@ -782,28 +812,31 @@ def sinkhorn_cost_gradient_kernel(
     row_shift = log_a + load_vector(problem_pointer(f, problem, rows), i, n) * scale
     column_shift = log_b + load_vector(problem_pointer(g, problem, columns), j, m) * scale
     plan = tl.exp2(along_rows(row_shift) + along_columns(column_shift) - tile * scale)
-    factors = along_rows(load_vector(problem_pointer(row_factors, problem, rows), i, n))
-    factors += along_columns(load_vector(problem_pointer(column_factors, problem, columns), j, m))
+    factors = tl.load(plan_factors + problem)
     factors += tl.load(cost_factors + problem) * tl.where(tile < float("inf"), tile, 0.0)
     gradient = plan * factors
     if f_adjoints is not None:
-        row_damping = tl.full((), row_damping, COMPUTE)
-        column_damping = tl.full((), column_damping, COMPUTE)
+        row_reach = tl.full((), row_reach, COMPUTE)
+        column_reach = tl.full((), column_reach, COMPUTE)
+        start = problem_pointer(start, problem, columns)
         f_history = problem_pointer(f_history, problem, max_iterations.to(tl.int64) * rows)
         normalised_f = problem_pointer(normalised_f, problem, max_iterations.to(tl.int64) * rows)
-        g_history = problem_pointer(g_history, problem, (max_iterations + 1).to(tl.int64) * columns)
+        g_history = problem_pointer(g_history, problem, max_iterations.to(tl.int64) * columns)
         f_adjoints = problem_pointer(f_adjoints, problem, max_iterations.to(tl.int64) * rows)
         g_adjoints = problem_pointer(g_adjoints, problem, (max_iterations + 1).to(tl.int64) * columns)
-        for step in range(0, tl.load(iterations + problem)):
-            scale = LOG2_E / tl.load(epsilons + step)
-            row = step.to(tl.int64) * rows
-            column = step.to(tl.int64) * columns
+        for step in range(0, tl.load(iterations + problem).to(tl.int32)):
+            epsilon_now = tl.load(epsilons + step)
+            scale = LOG2_E / epsilon_now
+            row_damping = damping_of(row_reach, epsilon_now)
+            column_damping = damping_of(column_reach, epsilon_now)
+            row = rows.to(tl.int64) * step
+            column = columns.to(tl.int64) * step
             f_now = load_vector(f_history + row, i, n) * scale
-            g_now = load_vector(g_history + column + columns, j, m) * scale
+            g_now = load_vector(g_history + column, j, m) * scale
             weights = tl.exp2(along_rows(log_a + f_now) + along_columns(g_now / column_damping) - tile * scale)
             gradient += weights * (along_columns(load_vector(g_adjoints + column + columns, j, m)) * column_damping)
             f_now = load_vector(normalised_f + row, i, n) * scale
-            g_now = load_vector(g_history + column, j, m) * scale
+            g_now = load_previous(g_history, start, step, columns, j, m) * scale
             weights = tl.exp2(along_rows(f_now / row_damping) + along_columns(log_b + g_now) - tile * scale)
             gradient += weights * (along_rows(load_vector(f_adjoints + row, i, n)) * row_damping)
     offsets = along_rows(i).to(tl.int64) * columns + along_columns(j)
@@ -818,7 +851,7 @@ def without_null_space(y, null, factor):
     return y - null * (sum_all(null * y) * factor)
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "max_solves"])
+@triton.jit(do_not_specialize=["rows", "columns", "max_steps"])
 def sinkhorn_implicit_kernel(
     cost,
     log_a,
@@ -829,11 +862,11 @@ def sinkhorn_implicit_kernel(
     g,
     rows,
     columns,
-    max_solves,
+    max_steps,
     epsilon: tl.float64,
-    solve_tolerance: tl.float64,
-    row_damping: tl.float64,
-    column_damping: tl.float64,
+    solver_tolerance: tl.float64,
+    row_reach: tl.float64,
+    column_reach: tl.float64,
     grad_f,
     grad_g,
     normalised_f,
@@ -841,6 +874,7 @@ def sinkhorn_implicit_kernel(
     g_adjoints,
     grad_a,
     grad_b,
+    BALANCED: tl.constexpr,
     FAST_LOG: tl.constexpr,
     COMPUTE: tl.constexpr,
     ROW_STEPS: tl.constexpr,
@@ -850,28 +884,27 @@ def sinkhorn_implicit_kernel(
 ):
     """The adjoint of the fixed point of one problem, its matrix in registers; grid (B,).
 
-    z_f = grad_f - lam_b W z_g and z_g = grad_g - lam_a V' z_f, solved for both by conjugate gradients on
-    I - lam_a lam_b S S', where S_ij = sqrt(W_ij V_ij) is diag(a)^-1/2 P diag(b)^-1/2 at the fixed point. V is made with
-    the f that follows from g, normalised_f, so that the matrix is positive semidefinite wherever the iteration has ended;
-    balanced, its null space is the shift of f against g. Rows without mass are in V alone: they are eliminated first.
-    normalised_f, f_adjoints, grad_a: [B, n]; g_adjoints, grad_b: [B, m].
+    z_f = grad_f - lam_b W z_g and z_g = grad_g - lam_a V' z_f: with z_g = grad_g + root t, root = sqrt(b s) and s the sums
+    of a column of the plan over b, conjugate gradients find t from I - lam_a lam_b S' S, S_ij = sqrt(W_ij V_ij), which is
+    diag(a)^-1/2 P diag(b)^-1/2 at the fixed point. V is made with the f that follows from g, normalised_f, so that the
+    matrix is positive semidefinite wherever the iteration has ended; balanced, its null space, the shift of f against g,
+    is root. normalised_f, f_adjoints, grad_a: [B, n]; grad_b: [B, m]; g_adjoints: [B, 2, m], the second of which is written.
     """
     problem = tl.program_id(0)
-    n = problem_length(row_lengths, problem, rows)
-    m = problem_length(column_lengths, problem, columns)
+    n, m = problem_lengths(row_lengths, column_lengths, problem, rows, columns)
     i = positions(ROW_STEPS, ROW_LANES)
     j = positions(COLUMN_STEPS, COLUMN_LANES)
     cost = problem_pointer(cost, problem, rows.to(tl.int64) * columns)
     f_pointer = problem_pointer(f, problem, rows)
     g_pointer = problem_pointer(g, problem, columns)
-    grad_f = problem_pointer(grad_f, problem, rows)
-    grad_g = problem_pointer(grad_g, problem, columns)
     a_pointer = problem_pointer(log_a, problem, rows)
     b_pointer = problem_pointer(log_b, problem, columns)
+    grad_f = problem_pointer(grad_f, problem, rows)
+    grad_g = problem_pointer(grad_g, problem, columns)
     epsilon = tl.full((), epsilon, COMPUTE)
     scale = LOG2_E / epsilon
-    row_damping = tl.full((), row_damping, COMPUTE)
-    column_damping = tl.full((), column_damping, COMPUTE)
+    row_damping = damping_of(tl.full((), row_reach, COMPUTE), epsilon)
+    column_damping = damping_of(tl.full((), column_reach, COMPUTE), epsilon)
     log_a = load_log_masses(a_pointer, i, n)
     log_b = load_log_masses(b_pointer, j, m)
     f = load_vector(f_pointer, i, n) * scale
@@ -882,47 +915,50 @@ def sinkhorn_implicit_kernel(
     next_f = made_f * (row_damping * epsilon * LN_2)
     tl.store(problem_pointer(normalised_f, problem, rows) + i, tl.where(i < n, next_f, 0.0), mask=i < rows)
 
-    massless = log_a == NOTHING
-    weights = tl.exp2(along_rows(made_f) + along_columns(log_b + g) - tile)  # V
-    sums = reduced_sum(weights * along_rows(tl.where(massless, load_vector(grad_f, i, n), 0.0)), True)
-    given_g = load_vector(grad_g, j, m) - row_damping * sums
-    weights = tl.exp2(along_rows(log_a + f) + along_columns(made_g) - tile)  # W
-    row_sums = reduced_sum(weights * along_columns(given_g), False)
-    given_f = load_vector(grad_f, i, n) - column_damping * row_sums
-    root = tl.exp2(0.5 * (log_a + f - made_f))  # of the masses, near the fixed point
+    weights = saturated_power(along_rows(f) + along_columns(made_g) - tile)
+    row_sums = reduced_sum(weights * along_columns(load_vector(grad_g, j, m)), False)
+    given_f = load_vector(grad_f, i, n) - column_damping * tl.exp2(log_a) * row_sums
+    weights = saturated_power(along_rows(made_f) + along_columns(g) - tile)
+    column_sums = reduced_sum(weights * along_rows(given_f), True)
+    root = tl.exp2(0.5 * (log_b + g - made_g))
+    residual = -row_damping * tl.exp2(0.5 * (log_b - g + made_g)) * column_sums
+    factor = tl.zeros((), COMPUTE)
+    if BALANCED:
+        factor = 1.0 / tl.maximum(sum_all(root * root), 1.0e-30)
     symmetric = tl.exp2(0.5 * (along_rows(log_a + f + made_f) + along_columns(made_g + log_b + g)) - tile)  # S
     damping = row_damping * column_damping
-    factor = tl.where(damping == 1.0, 1.0 / tl.maximum(sum_all(root * root), 1.0e-30), 0.0)
-    y = tl.zeros(i.shape, COMPUTE)
-    residual = without_null_space(tl.where(massless, 0.0, given_f / tl.where(massless, 1.0, root)), root, factor)
+    residual = without_null_space(residual, root, factor)
     direction = residual
+    solution = tl.zeros(j.shape, COMPUTE)
     square = sum_all(residual * residual)
-    enough = square * tl.full((), solve_tolerance * solve_tolerance, COMPUTE)
+    enough = square * tl.full((), solver_tolerance * solver_tolerance, COMPUTE)
+    limit = tl.minimum(max_steps, 2 * tl.minimum(n, m) + 10)
     step = 0
-    while (step < max_solves) & (square > enough):
-        inner = reduced_sum(symmetric * along_rows(direction), True)
-        image = direction - damping * reduced_sum(symmetric * along_columns(inner), False)
+    while (step < limit) & (square > enough):
+        inner = reduced_sum(symmetric * along_columns(direction), False)
+        image = direction - damping * reduced_sum(symmetric * along_rows(inner), True)
         image = without_null_space(image, root, factor)
         curvature = sum_all(direction * image)
         length = tl.where(curvature > 0, square / curvature, 0.0)
-        y += length * direction
+        solution += length * direction
         residual -= length * image
         new_square = tl.where(curvature > 0, sum_all(residual * residual), 0.0)
         direction = residual + direction * (new_square / square)
         square = new_square
         step += 1
-    y = without_null_space(y, root, factor)
+    solution = without_null_space(solution, root, factor)
     # Read again what need not be in registers meanwhile.
-    z_f = tl.where(load_log_masses(a_pointer, i, n) == NOTHING, load_vector(grad_f, i, n), root * y)
-    tl.store(problem_pointer(f_adjoints, problem, rows) + i, tl.where(i < n, z_f, 0.0), mask=i < rows)
+    z_g = load_vector(grad_g, j, m) + root * solution
+    g_adjoints = problem_pointer(g_adjoints, problem, 2 * columns) + columns
+    tl.store(g_adjoints + j, tl.where(j < m, z_g, 0.0), mask=j < columns)
     tile = load_cost(cost, i, j, n, m, columns, COMPUTE) * scale
-    g = load_vector(g_pointer, j, m) * scale
-    weights = saturated_power(along_rows(made_f) + along_columns(g) - tile)
-    column_sums = row_damping * reduced_sum(weights * along_rows(z_f), True)
-    z_g = load_vector(grad_g, j, m) - tl.exp2(load_log_masses(b_pointer, j, m)) * column_sums
-    tl.store(problem_pointer(g_adjoints, problem, columns) + j, tl.where(j < m, z_g, 0.0), mask=j < columns)
-    tl.store(problem_pointer(grad_b, problem, columns) + j, -epsilon * column_sums, mask=j < columns)
     f = load_vector(f_pointer, i, n) * scale
+    g = load_vector(g_pointer, j, m) * scale
     weights = saturated_power(along_rows(f) + along_columns(g / column_damping) - tile)
     row_sums = column_damping * reduced_sum(weights * along_columns(z_g), False)
     tl.store(problem_pointer(grad_a, problem, rows) + i, -epsilon * row_sums, mask=i < rows)
+    z_f = load_vector(grad_f, i, n) - tl.exp2(load_log_masses(a_pointer, i, n)) * row_sums
+    tl.store(problem_pointer(f_adjoints, problem, rows) + i, tl.where(i < n, z_f, 0.0), mask=i < rows)
+    weights = saturated_power(along_rows(made_f) + along_columns(g) - tile)
+    column_sums = row_damping * reduced_sum(weights * along_rows(z_f), True)
+    tl.store(problem_pointer(grad_b, problem, columns) + j, -epsilon * column_sums, mask=j < columns)

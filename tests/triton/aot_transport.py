@@ -8,10 +8,10 @@ from typing import Any
 
 import aot
 
-INTEGERS = {"rows", "columns", "max_iterations", "max_solves", "vocab_size", "splits", "steps", "students", "teachers", "own_rows", "other_rows", "split_size"}
+INTEGERS = {"rows", "columns", "max_iterations", "max_steps", "vocab_size", "splits", "steps", "students", "teachers", "own_rows", "other_rows", "split_size"}
 TYPES: dict[str, str] = dict.fromkeys(INTEGERS, "i32")
 TYPES |= dict.fromkeys(("row_lengths", "column_lengths", "order", "student_order", "teacher_order"), "*i64")
-TYPES |= dict.fromkeys(("iterations", "status"), "*i32")
+TYPES |= {"iterations": "*i64", "status": "*i32"}
 
 
 @dataclass(frozen=True)
