@@ -10,12 +10,14 @@ from kdkernels.backends.cpu.divergence import (
 from kdkernels.backends.cpu.gradient_entries import collect_entries, expand_entries, sparse_products
 from kdkernels.backends.cpu.launching import status, supports
 from kdkernels.backends.cpu.records import pack_records, unpack_records
+from kdkernels.backends.cpu.sinkhorn import SINKHORN_POTENTIALS, sinkhorn_backward, sinkhorn_forward
 from kdkernels.backends.cpu.sparse_divergence import sparse_divergence_fused
 from kdkernels.backends.cpu.token_statistics import token_statistics
 from kdkernels.backends.cpu.topk import sample, topk
 
 __all__ = [
     "SAVED_STATISTICS",
+    "SINKHORN_POTENTIALS",
     "collect_entries",
     "divergence_backward",
     "divergence_forward",
@@ -24,6 +26,8 @@ __all__ = [
     "expand_entries",
     "pack_records",
     "sample",
+    "sinkhorn_backward",
+    "sinkhorn_forward",
     "sparse_divergence_fused",
     "sparse_products",
     "status",
