@@ -148,7 +148,7 @@ def scale_gradients(*gradients: torch.Tensor | None) -> None:
         ("token_statistics", lambda values, _: scale_first(values), "token_statistics", ""),
         ("topk", lambda values, _: scale_first(values[1:]), "topk_logits", "log_probs"),
         ("topk", lambda values, _: values[0].add_(1), "topk_logits", "ids"),
-        ("pairwise_l1_forward", lambda values, _: scale_first(values), "pairwise_l1", "distance"),
+        ("pairwise_l1_forward", lambda values, _: scale_first(values), "pairwise_l1", ""),
         ("pairwise_l1_backward", lambda _, given: scale_gradients(*given[-2:]), "pairwise_l1", "gradient to"),
         ("pairwise_l1_backward", lambda _, given: scale_gradients(*given[-2:]), "pairwise_l1 of heads", "gradient to"),
     ],
