@@ -428,6 +428,15 @@ struct Gradients {
     }
   }
 
+  // A large gradient with a place of its own is new memory: its pages come at once, by all threads of the team, and not
+  // one by one as tiles are written.
+  void populate_gradient(const PairSide& side) const {
+    const int64_t rows = problem.problems * side.rows, bytes = problem.vocab * dtype_size(side.gradient.dtype);
+    if (!side.gradient.data || side.gradient.data == side.logits.data || rows * bytes < (4 << 20)) return;
+#pragma omp for schedule(static) nowait
+    for (int64_t row = 0; row < rows; ++row) populate(entry_address(side.gradient, row, 0), bytes);
+  }
+
   bool run() {
     const bool to_student = problem.student.gradient.data, to_teacher = problem.teacher.gradient.data;
     if (to_student) student_weights.reset(pack(n, m, m, 1));
@@ -441,6 +450,8 @@ struct Gradients {
       const NoSubnormals guard;
       char* memory = static_cast<char*>(thread_scratch(bytes));
       done = memory != nullptr;
+      populate_gradient(problem.student);
+      populate_gradient(problem.teacher);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < problem.problems * tiles; ++task) {
         if (!memory) continue;
