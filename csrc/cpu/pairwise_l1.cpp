@@ -126,12 +126,13 @@ constexpr int64_t rounded_up(int64_t width) {
   return (width + step - 1) / step * step;
 }
 
-// A tile is as wide as fits the second-level cache beside its neighbour's data.
+// A tile is as wide as fits the second-level cache beside its neighbour's data, and no wider than a lane can sum: beside a
+// probability near 1 every small one that is added costs a rounding, so the lanes go to doubles after each tile.
 template <class Real>
 int64_t tile_width(int64_t rows) {
-  constexpr int64_t bytes = 1 << 20, step = 64;
+  constexpr int64_t bytes = 1 << 20, step = 64, most = 64 * Lanes<Real>::count;
   const int64_t fitting = bytes / (rows * static_cast<int64_t>(sizeof(Real))) / step * step;
-  return std::min<int64_t>(1024, std::max(step, fitting));
+  return std::min(most, std::max(step, fitting));
 }
 
 // out = exp((block - max) / temperature). The largest logit is subtracted first, so that its own
