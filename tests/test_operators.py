@@ -192,6 +192,8 @@ def test_every_operator_is_reached_by_the_public_functions() -> None:
     half = torch.zeros(2, 5, dtype=torch.bfloat16, requires_grad=True)
     calls += recorded(lambda: kd.sorted_l1(half, torch.zeros(2, 4)).sum().backward())
     calls += recorded(lambda: (kd.topk_logits(torch.zeros(2, 5), 2), kd.sample_logits(torch.zeros(2, 5), 2)))
+    rows = torch.zeros(2, 5, requires_grad=True)
+    calls += recorded(lambda: kd.pairwise_l1(rows, rows).sum().backward())
     assert {operator._opname for operator, _ in calls} == OPERATORS
     assert {name.partition("::")[2] for name in registered_operators()} == OPERATORS
 

@@ -126,12 +126,13 @@ constexpr int64_t rounded_up(int64_t width) {
   return (width + step - 1) / step * step;
 }
 
-// A tile is as wide as fits the second-level cache beside its neighbour's data.
+// A tile is as wide as fits the second-level cache beside its neighbour's data, and no wider than a lane can sum: beside a
+// probability near 1 every small one that is added costs a rounding, so the lanes go to doubles after each tile.
 template <class Real>
 int64_t tile_width(int64_t rows) {
-  constexpr int64_t bytes = 1 << 20, step = 64;
+  constexpr int64_t bytes = 1 << 20, step = 64, most = 64 * Lanes<Real>::count;
   const int64_t fitting = bytes / (rows * static_cast<int64_t>(sizeof(Real))) / step * step;
-  return std::min<int64_t>(1024, std::max(step, fitting));
+  return std::min(most, std::max(step, fitting));
 }
 
 // out = exp((block - max) / temperature). The largest logit is subtracted first, so that its own
@@ -428,6 +429,15 @@ struct Gradients {
     }
   }
 
+  // A large gradient with a place of its own is new memory: its pages come at once, by all threads of the team, and not
+  // one by one as tiles are written.
+  void populate_gradient(const PairSide& side) const {
+    const int64_t rows = problem.problems * side.rows, bytes = problem.vocab * dtype_size(side.gradient.dtype);
+    if (!side.gradient.data || side.gradient.data == side.logits.data || rows * bytes < (4 << 20)) return;
+#pragma omp for schedule(static) nowait
+    for (int64_t row = 0; row < rows; ++row) populate(entry_address(side.gradient, row, 0), bytes);
+  }
+
   bool run() {
     const bool to_student = problem.student.gradient.data, to_teacher = problem.teacher.gradient.data;
     if (to_student) student_weights.reset(pack(n, m, m, 1));
@@ -441,6 +451,8 @@ struct Gradients {
       const NoSubnormals guard;
       char* memory = static_cast<char*>(thread_scratch(bytes));
       done = memory != nullptr;
+      populate_gradient(problem.student);
+      populate_gradient(problem.teacher);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < problem.problems * tiles; ++task) {
         if (!memory) continue;

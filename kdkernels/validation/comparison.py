@@ -33,6 +33,8 @@ DTYPES = tuple(TOLERANCES)
 HEAD_TOLERANCE = 4
 """Factor on the tolerance for LM heads: the order of their matrix products' sums, and what is rounded between, is free."""
 
+HEAD_OPERATIONS = ("linear_divergence", "pairwise_l1 of heads")
+
 KERNELS = tuple(name for name in NAMES if name != "reference")
 """The backends that have kernels."""
 
@@ -71,7 +73,7 @@ class Target:
 
     @property
     def tolerance(self) -> float:
-        return TOLERANCES[self.dtype] * (HEAD_TOLERANCE if self.operation == "linear_divergence" else 1)
+        return TOLERANCES[self.dtype] * (HEAD_TOLERANCE if self.operation in HEAD_OPERATIONS else 1)
 
 
 Plan = list[Target]
@@ -107,6 +109,10 @@ def make_plan(
         plan += [Target("token_statistics", None, name, dtype, logits) for dtype in dtypes]
         pickable = tuple(case for case in logits if case.pickable)
         plan += [Target("topk_logits", None, name, dtype, pickable) for dtype in dtypes]
+        pairable = tuple(case for case in logits if case.pairable)
+        pairable_heads = tuple(case for case in heads if case.pairable)
+        for operation, cases in (("pairwise_l1", pairable), ("pairwise_l1 of heads", pairable_heads)):
+            plan += [Target(operation, None, name, dtype, cases) for dtype in dtypes]
     return plan
 
 
@@ -115,7 +121,9 @@ def validate(target: Target, device: str) -> Iterator[Finding]:
     for case in target.cases:
         if case.teacher_dtype == target.dtype:
             continue
-        make = {"linear_divergence": case.heads, "sparse_divergence": case.truncated}.get(target.operation, case.logits)
+        make = case.heads if target.operation in HEAD_OPERATIONS else case.logits
+        if target.operation == "sparse_divergence":
+            make = case.truncated
         inputs = make(target.dtype, device)
         arguments: dict[str, Any] = {"backend": target.backend}
         if case.many_chunks:
@@ -151,6 +159,8 @@ def answers(library: Any, inputs: Inputs, target: Target, arguments: dict[str, A
     """What kdkernels or its reference computes."""
     if target.operation == "topk_logits":
         return topk_answers(library, inputs, arguments)
+    if target.operation.startswith("pairwise_l1"):
+        return pair_answers(library, inputs, arguments)
     if target.divergence is None:
         return statistics_answers(library, inputs, arguments)
     return loss_answers(library, inputs, target.divergence, arguments)
@@ -202,6 +212,17 @@ def topk_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) -> Ans
     found = library.topk_logits(logits, k, **options, **arguments)
     answers = {"ids": found.ids, "log_probs": found.log_probs, "log_tail_mass": found.log_tail_mass}
     return {name: values.masked_fill(values.isneginf(), 0).flatten() for name, values in answers.items()}
+
+
+def pair_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) -> Answers:
+    """The distances of all pairs of a batch's tokens, and the gradients of their sum under weights of both signs."""
+    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in inputs.leaves.items()}
+    distance: Tensor = library.pairwise_l1(*inputs.sources(leaves), **inputs.options, **arguments)
+    weights = inputs.upstream.to(distance.dtype)
+    upstream = weights.unsqueeze(-1) - 0.4 * weights.unsqueeze(-2)
+    parts = torch.autograd.grad(distance, list(leaves.values()), upstream)
+    found = {f"gradient to {leaf}": part for leaf, part in zip(leaves, parts, strict=True)}
+    return {"distance": distance.detach()} | found
 
 
 def error_of(answer: Tensor, truth: Tensor, term_size: float) -> float:
