@@ -107,6 +107,7 @@ def make_plan(
         plan += [Target("token_statistics", None, name, dtype, logits) for dtype in dtypes]
         pickable = tuple(case for case in logits if case.pickable)
         plan += [Target("topk_logits", None, name, dtype, pickable) for dtype in dtypes]
+        plan += [Target("sorted_l1", None, name, dtype, logits) for dtype in dtypes]
     return plan
 
 
@@ -151,6 +152,8 @@ def answers(library: Any, inputs: Inputs, target: Target, arguments: dict[str, A
     """What kdkernels or its reference computes."""
     if target.operation == "topk_logits":
         return topk_answers(library, inputs, arguments)
+    if target.operation == "sorted_l1":
+        return sorted_l1_answers(library, inputs, arguments)
     if target.divergence is None:
         return statistics_answers(library, inputs, arguments)
     return loss_answers(library, inputs, target.divergence, arguments)
@@ -202,6 +205,18 @@ def topk_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) -> Ans
     found = library.topk_logits(logits, k, **options, **arguments)
     answers = {"ids": found.ids, "log_probs": found.log_probs, "log_tail_mass": found.log_tail_mass}
     return {name: values.masked_fill(values.isneginf(), 0).flatten() for name, values in answers.items()}
+
+
+def sorted_l1_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) -> Answers:
+    """The values per token, and the gradients to both sides."""
+    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in inputs.leaves.items()}
+    options = {
+        name: inputs.options[name] for name in ("temperature", "teacher_temperature", "mask") if name in inputs.options
+    }
+    values = library.sorted_l1(*inputs.sources(leaves), **options, **arguments)
+    parts = torch.autograd.grad(values, list(leaves.values()), inputs.upstream.to(values.dtype))
+    gradients = {f"gradient to {leaf}": part for leaf, part in zip(leaves, parts, strict=True)}
+    return {"value per token": values.detach().flatten()} | gradients
 
 
 def error_of(answer: Tensor, truth: Tensor, term_size: float) -> float:
