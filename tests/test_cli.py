@@ -103,6 +103,7 @@ def test_check_passes() -> None:
         "topk_logits",
         "pairwise_l1",
         "pairwise_l1 of heads",
+        "sorted_l1",
     ]
     assert all(0 < line["error"] < 1e-5 for line in report["results"])
 
@@ -151,6 +152,8 @@ def scale_gradients(*gradients: torch.Tensor | None) -> None:
         ("pairwise_l1_forward", lambda values, _: scale_first(values), "pairwise_l1", ""),
         ("pairwise_l1_backward", lambda _, given: scale_gradients(*given[-2:]), "pairwise_l1", "gradient to"),
         ("pairwise_l1_backward", lambda _, given: scale_gradients(*given[-2:]), "pairwise_l1 of heads", "gradient to"),
+        ("sorted_l1", lambda values, _: scale_first(values), "sorted_l1", "value per token"),
+        ("sorted_l1", lambda _, given: scale_gradients(*given[-2:]), "sorted_l1", "gradient to"),
     ],
     ids=[
         "forward",
@@ -164,6 +167,8 @@ def scale_gradients(*gradients: torch.Tensor | None) -> None:
         "pairs",
         "pairs backward",
         "pairs of heads",
+        "sorted_l1",
+        "sorted_l1 gradients",
     ],
 )
 def test_check_finds_a_kernel_that_is_a_percent_off(

@@ -144,6 +144,14 @@ struct Crossing {
   int32_t students, teachers;            // entries in this one
 };
 
+// Sums run in a Real over this many entries, then in double: what they err by is part of the bound that users are told.
+constexpr int64_t run_size = 256;
+
+template <class Body>
+KD_INLINE void for_runs(int64_t vocab, Body body) {
+  for (int64_t start = 0; start < vocab; start += run_size) body(start, std::min(vocab - start, run_size));
+}
+
 // One side of a row.
 template <class Real>
 struct RankedSide {
@@ -160,13 +168,16 @@ struct RankedSide {
       : stream(matrix, row, softcap, temperature), vocab(vocab), lowest(std::numeric_limits<Real>::max()) {}
 
   void read() {
-    alignas(64) Real buffer[block_size], exponentials[block_size];
-    for_blocks(vocab, [&](int64_t start, int64_t n) {
+    alignas(64) Real buffer[run_size], exponentials[run_size];
+    for_runs(vocab, [&](int64_t start, int64_t n) {
       Range<Real> range;
-      const Real* block = stream.load(start, n, buffer, range);
+      const Real* run = stream.load(start, n, buffer, range);
       lowest = std::min(lowest, range.min);
       stream.raise(range);
-      stream.exponentiate(block, start, n, vocab, exponentials);
+      const int64_t ahead = std::min(start + block_size, vocab);
+      const int64_t upcoming = std::min(vocab - ahead, n) * dtype_size(stream.matrix.dtype);
+      stream.sum +=
+          exp2_block(run, n, stream.tempering, exponentials, entry_address(stream.matrix, stream.row, ahead), upcoming);
     });
   }
 
@@ -226,8 +237,8 @@ struct RankedSide {
 
   // The masses above, below and equal to the other side's.
   void sum_by_sign(const float* signs) {
-    alignas(64) Real buffer[block_size], exponentials[block_size];
-    for_blocks(vocab, [&](int64_t start, int64_t n) {
+    alignas(64) Real buffer[run_size], exponentials[run_size];
+    for_runs(vocab, [&](int64_t start, int64_t n) {
       const Real* block = stream.load(start, n, buffer);
       exp2_block(block, n, stream.tempering, exponentials);
       const uint16_t* in = buckets + start;

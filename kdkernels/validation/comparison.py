@@ -113,6 +113,7 @@ def make_plan(
         pairable_heads = tuple(case for case in heads if case.pairable)
         for operation, cases in (("pairwise_l1", pairable), ("pairwise_l1 of heads", pairable_heads)):
             plan += [Target(operation, None, name, dtype, cases) for dtype in dtypes]
+        plan += [Target("sorted_l1", None, name, dtype, logits) for dtype in dtypes]
     return plan
 
 
@@ -161,6 +162,8 @@ def answers(library: Any, inputs: Inputs, target: Target, arguments: dict[str, A
         return topk_answers(library, inputs, arguments)
     if target.operation.startswith("pairwise_l1"):
         return pair_answers(library, inputs, arguments)
+    if target.operation == "sorted_l1":
+        return sorted_l1_answers(library, inputs, arguments)
     if target.divergence is None:
         return statistics_answers(library, inputs, arguments)
     return loss_answers(library, inputs, target.divergence, arguments)
@@ -223,6 +226,18 @@ def pair_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) -> Ans
     parts = torch.autograd.grad(distance, list(leaves.values()), upstream)
     found = {f"gradient to {leaf}": part for leaf, part in zip(leaves, parts, strict=True)}
     return {"distance": distance.detach()} | found
+
+
+def sorted_l1_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) -> Answers:
+    """The values per token, and the gradients to both sides."""
+    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in inputs.leaves.items()}
+    options = {
+        name: inputs.options[name] for name in ("temperature", "teacher_temperature", "mask") if name in inputs.options
+    }
+    values = library.sorted_l1(*inputs.sources(leaves), **options, **arguments)
+    parts = torch.autograd.grad(values, list(leaves.values()), inputs.upstream.to(values.dtype))
+    gradients = {f"gradient to {leaf}": part for leaf, part in zip(leaves, parts, strict=True)}
+    return {"value per token": values.detach().flatten()} | gradients
 
 
 def error_of(answer: Tensor, truth: Tensor, term_size: float) -> float:
