@@ -93,6 +93,15 @@ def load_logits(
 
 
 @triton.jit
+def load_probabilities(
+    pointer, columns, valid, largest, factor, scale, cap, HAS_CAP: tl.constexpr, COMPUTE: tl.constexpr
+):
+    """(probabilities, 0 where not `valid`; logits; tanh) from the row's largest logit and 1 / sum of exponentials."""
+    logits, tanh = load_logits(pointer, columns, valid, cap, HAS_CAP, True, "", COMPUTE)
+    return tl.where(valid, tl.exp2((logits - largest) * scale) * factor, 0.0), logits, tanh
+
+
+@triton.jit
 def load_label_logit(pointer, label, vocab_size, cap, HAS_CAP: tl.constexpr, COMPUTE: tl.constexpr):
     """The label's logit; NaN for a label outside [0, vocab_size), which so shows and reads no foreign memory."""
     inside = (label >= 0) & (label < vocab_size)

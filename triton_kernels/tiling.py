@@ -1,4 +1,4 @@
-"""How a row of logits is cut into tiles: sizes and warps for a launch, from the vocabulary size and the dtypes."""
+"""How rows of logits and matrices of costs are cut into tiles: sizes and warps for a launch, from sizes and dtypes."""
 
 from dataclasses import dataclass
 
@@ -35,3 +35,54 @@ def choose_tiling(vocab_size: int, largest_itemsize: int, aligned: bool, warp_si
     else:
         threads = 256
     return Tiling(width=width, lanes=threads, unroll=unroll, num_warps=threads // warp_size)
+
+
+ON_CHIP = {4: 128 * 128, 8: 64 * 64}
+"""Pairs of a problem that one program can hold in its registers, by the bytes of the compute type."""
+
+MATRIX_ON_CHIP = {4: 64 * 128, 8: 32 * 64}
+"""The same where vectors of a solver lie beside them."""
+
+STREAMED_TILE = (32, 64)
+"""Rows and columns of a problem that does not fit."""
+
+PAIRS_PER_WARP = 1024
+MOST_WARPS = {32: 8, 64: 16}
+COLUMN_LANES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class CostTiling:
+    """A tile of `row_steps * row_lanes` rows and `column_steps * column_lanes` columns of a problem."""
+
+    row_steps: int
+    column_steps: int
+    row_lanes: int
+    column_lanes: int
+    num_warps: int
+
+    @property
+    def rows(self) -> int:
+        return self.row_steps * self.row_lanes
+
+    @property
+    def columns(self) -> int:
+        return self.column_steps * self.column_lanes
+
+
+def choose_cost_tiling(rows: int, columns: int, warp_size: int = 32) -> CostTiling:
+    """The tiling of at least so many rows and columns, in one piece.
+
+    Warps are spread over both sides of it, so that no thread holds much of a vector along either.
+    """
+    lanes = warp_size // COLUMN_LANES
+    rows = max(lanes, _power_of_two(rows))
+    columns = max(COLUMN_LANES, _power_of_two(columns))
+    num_warps = min(max(1, rows * columns // PAIRS_PER_WARP), MOST_WARPS[warp_size])
+    row_warps = min(1 << num_warps.bit_length() // 2, rows // lanes)
+    row_lanes = lanes * row_warps
+    return CostTiling(rows // row_lanes, columns // COLUMN_LANES, row_lanes, COLUMN_LANES, num_warps)
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << max(0, size - 1).bit_length()

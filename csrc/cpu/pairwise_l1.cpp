@@ -86,14 +86,13 @@ KD_INLINE Vector<Real> broadcast(Real number) {
   return number - Vector<Real>{};  // not a sum, which would turn -0 into 0 and take an instruction
 }
 
-// Halves are added to halves, as a tree.
 template <class Real>
-KD_INLINE Real sum_of(Vector<Real> x) {
+KD_INLINE double sum_of(Vector<Real> x) {
   alignas(64) Real parts[Lanes<Real>::count];
   std::memcpy(parts, &x, sizeof x);
-  for (int64_t half = Lanes<Real>::count / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) parts[i] += parts[i + half];
-  return parts[0];
+  double sum = 0;
+  for (Real part : parts) sum += static_cast<double>(part);
+  return sum;
 }
 
 // While it lives, subnormal numbers count as 0 in this thread: arithmetic on them takes a hundred times longer, and
@@ -135,14 +134,14 @@ int64_t tile_width(int64_t rows) {
   return std::min<int64_t>(1024, std::max(step, fitting));
 }
 
-// out = exp((block - max) / temperature); returns the sum. The largest logit is subtracted first, so that its own
+// out = exp((block - max) / temperature). The largest logit is subtracted first, so that its own
 // exponential is exactly 1, and a softmax of one entry too. `relative` is a buffer.
 template <class Real>
-Real exponentials(const Real* __restrict block, int64_t n, Real max, Real scale, Real* __restrict relative, Real* out,
+void exponentials(const Real* __restrict block, int64_t n, Real max, Real scale, Real* __restrict relative, Real* out,
                   const char* upcoming, int64_t upcoming_bytes) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) relative[i] = block[i] - max;
-  return exp2_block(relative, n, Tempering<Real>{scale, 0}, out, upcoming, upcoming_bytes);
+  exp2_block(relative, n, Tempering<Real>{scale, 0}, out, upcoming, upcoming_bytes);
 }
 
 template <class Real>
@@ -467,7 +466,7 @@ void normalise(const PairNormalisers& problem) {
   for (int64_t row = 0; row < problem.rows; ++row) {
     alignas(64) Real buffer[block_size];
     alignas(64) Real relative[block_size];
-    alignas(64) Real unused[block_size];
+    alignas(64) Real made[block_size];
     const Stream<Real> stream(problem.logits, row, problem.softcap, problem.temperature);
     const Real scale = stream.tempering.scale;
     Real max = static_cast<Real>(logit_floor);
@@ -480,8 +479,11 @@ void normalise(const PairNormalisers& problem) {
         max = range.max;
       }
       const int64_t left = std::min(block_size, problem.vocab - start - n);
-      sum += exponentials(block, n, max, scale, relative, unused, entry_address(problem.logits, row, start + n),
-                          left * dtype_size(problem.logits.dtype));
+      exponentials(block, n, max, scale, relative, made, entry_address(problem.logits, row, start + n),
+                   left * dtype_size(problem.logits.dtype));
+      // In double: beside the largest, which is 1, single precision would lose the others' digits.
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(made[i]);
     });
     Real* result = static_cast<Real*>(problem.normalisers) + 2 * row;
     result[0] = max;

@@ -44,15 +44,25 @@ struct Entry<double> {
   bool operator<(Entry other) const { return value > other.value || (value == other.value && place < other.place); }
 };
 
-// Entries in the order of their ids become sorted. `spare` has room for as many.
-inline void sort_entries(Entry<double>* entries, Entry<double>*, int64_t n) { std::sort(entries, entries + n); }
-
-inline void sort_entries(Entry<float>* entries, Entry<float>* spare, int64_t n) {
-  if (n < 1024) {
-    std::sort(entries, entries + n);
-    return;
+// Sorts a few entries: where each belongs is how many come before it.
+inline void sort_few(Entry<float>* entries, int64_t n) {
+  typedef uint64_t Lanes __attribute__((vector_size(64)));
+  constexpr int64_t width = 8, most = 64;
+  alignas(64) uint64_t bits[most], places[most];
+  for (int64_t i = 0; i < n; ++i) bits[i] = entries[i].bits;
+  std::fill(bits + n, bits + (n + width - 1) / width * width, 0);
+  for (int64_t start = 0; start < n; start += width) {
+    Lanes lanes, before = {};
+    std::memcpy(&lanes, bits + start, sizeof lanes);
+    for (int64_t i = 0; i < n; ++i) before -= reinterpret_cast<Lanes>(bits[i] < lanes);
+    std::memcpy(places + start, &before, sizeof before);
   }
-  // By digits of the logit, the lowest first, each time keeping the order of equal ones.
+  for (int64_t i = 0; i < n; ++i) entries[places[i]].bits = bits[i];
+}
+
+// Sorts many entries, given in the order of their ids: by digits of the logit, the lowest first, each time keeping the order
+// of equal ones. `spare` has room for as many.
+inline void sort_many(Entry<float>* entries, Entry<float>* spare, int64_t n) {
   constexpr int digits = 3, digit_bits = 11, values = 1 << digit_bits;
   const auto digit_of = [](Entry<float> entry, int digit) {
     return static_cast<size_t>(entry.bits >> (32 + digit * digit_bits)) & (values - 1);
@@ -76,6 +86,43 @@ inline void sort_entries(Entry<float>* entries, Entry<float>* spare, int64_t n) 
   if (from != entries) std::copy(from, from + n, entries);
 }
 
+// Entries in the order of their ids become sorted. `spare` has room for as many.
+inline void sort_entries(Entry<float>* entries, Entry<float>* spare, int64_t n) {
+  if (n <= 1) return;
+  if (n <= 64) {
+    sort_few(entries, n);
+  } else if (n < 2048) {
+    std::sort(entries, entries + n);
+  } else {
+    sort_many(entries, spare, n);
+  }
+}
+
+inline void sort_entries(Entry<double>* entries, Entry<double>*, int64_t n) { std::sort(entries, entries + n); }
+
+// The places in a block whose buckets have the sign `wanted`; returns how many. `found` has room for block_size + 16.
+inline int64_t find_sign(const uint16_t* buckets, int64_t n, const float* signs, float wanted, int32_t* found) {
+  int64_t count = 0;
+  int32_t i = 0;
+#if defined(__AVX512F__)
+  const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (; i + 16 <= n; i += 16) {
+    const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(buckets + i));
+    const __m512i bucket = _mm512_maskz_cvtepu16_epi32(0xFFFF, packed);
+    const __m512 sign = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xFFFF, bucket, signs, 4);
+    const __mmask16 hit = _mm512_cmp_ps_mask(sign, _mm512_set1_ps(wanted), _CMP_EQ_OQ);
+    const __m512i place = _mm512_add_epi32(places, _mm512_set1_epi32(i));
+    _mm512_storeu_si512(found + count, _mm512_maskz_compress_epi32(hit, place));
+    count += __builtin_popcount(hit);
+  }
+#endif
+  for (; i < n; ++i) {
+    found[count] = i;
+    count += signs[buckets[i]] == wanted;
+  }
+  return count;
+}
+
 // The scale of the buckets: bucket i holds the probabilities whose depth is in [i, i + 1). Depth grows as the logarithm of
 // the probability falls, from 0 at the largest of both rows. It is a double, the same function on both sides: depths decide
 // on which of two probabilities is larger, too.
@@ -87,6 +134,8 @@ struct Scale {
 
 // What stands for the bucket of an entry once its own sign is known.
 enum OwnSign { plus = 1, minus = 2, zero = 3, own_signs = 4 };
+
+constexpr float unknown_sign = 2;
 
 // A bucket in which D may change its sign.
 struct Crossing {
@@ -105,7 +154,6 @@ struct RankedSide {
   uint16_t* buckets = nullptr;   // [vocab]
   int32_t* counts = nullptr;     // [buckets + 1]
   Entry<Real>* entries = nullptr;
-  int64_t gathered = 0;
   double above = 0, below = 0, equal = 0;  // sums of exponentials by sign
 
   RankedSide(const Matrix& matrix, int64_t vocab, int64_t row, double softcap, double temperature)
@@ -156,19 +204,24 @@ struct RankedSide {
     });
   }
 
-  // The entries of the buckets whose sign is not known, in the order of their ids.
-  void gather(const float* signs, float unknown) {
+  // Brings the entries of the crossing buckets together, bucket by bucket, each in the order of their ids.
+  void gather(const float* signs, const Crossing* crossings, int64_t count, int32_t Crossing::* size) {
+    int32_t* ends = counts;  // of what is gathered of each bucket; how many there are the crossings know
+    int32_t before = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      ends[crossings[i].bucket] = before;
+      before += crossings[i].*size;
+    }
     alignas(64) Real buffer[block_size];
-    int64_t count = 0;
+    int32_t found[block_size + 16];
     for_blocks(vocab, [&](int64_t start, int64_t n) {
-      const Real* block = stream.load(start, n, buffer);
       const uint16_t* in = buckets + start;
-      for (int64_t i = 0; i < n; ++i) {
-        entries[count] = Entry<Real>::of(block[i], start + i);
-        count += signs[in[i]] == unknown;
-      }
+      const int64_t hits = find_sign(in, n, signs, unknown_sign, found);
+      if (hits == 0) return;
+      const Real* block = stream.load(start, n, buffer);
+      for (int64_t i = 0; i < hits; ++i)
+        entries[ends[in[found[i]]]++] = Entry<Real>::of(block[found[i]], start + found[i]);
     });
-    gathered = count;
   }
 
   // The masses above, below and equal to the other side's.
@@ -218,13 +271,13 @@ struct RankedSide {
   }
 };
 
+// So many that few entries share one, and few enough that the counts stay in the second-level cache.
 int bucket_count(int64_t vocab) {
+  constexpr int most_buckets = 16384;
   int buckets = 32;
-  while (buckets < 8192 && buckets * 16 < vocab) buckets *= 2;
+  while (buckets < most_buckets && buckets * 16 < vocab) buckets *= 2;
   return buckets;
 }
-
-constexpr float unknown_sign = 2;
 
 // The tables of one row.
 struct Tables {
@@ -297,19 +350,19 @@ double leave_unsorted(const Scale& scale, Tables& tables, double& bound) {
 template <class Real>
 void sort_crossings(RankedSide<Real>& student, RankedSide<Real>& teacher, Entry<Real>* spare, const Scale& scale,
                     const Tables& tables) {
-  for (RankedSide<Real>* side : {&student, &teacher}) {
-    side->gather(tables.signs, unknown_sign);
-    sort_entries(side->entries, spare, side->gathered);
-  }
+  student.gather(tables.signs, tables.crossings, tables.count, &Crossing::students);
+  teacher.gather(tables.signs, tables.crossings, tables.count, &Crossing::teachers);
   const uint16_t first = static_cast<uint16_t>(scale.buckets);
   const auto all = [&](RankedSide<Real>& side, const Entry<Real>* entries, int64_t from, int64_t to, OwnSign sign) {
     for (int64_t i = from; i < to; ++i) side.buckets[entries[i].id()] = static_cast<uint16_t>(first + sign);
   };
-  const Entry<Real>*q = student.entries, *p = teacher.entries;
+  Entry<Real>*q = student.entries, *p = teacher.entries;
   for (int64_t i = 0; i < tables.count; ++i) {
     const Crossing& crossing = tables.crossings[i];
     const int64_t students = crossing.students, teachers = crossing.teachers;
-    // The student's entries i and the teacher's i + shift have the same rank.
+    sort_entries(q, spare, students);
+    sort_entries(p, spare, teachers);
+    // The student's entry j and the teacher's j + shift have the same rank.
     const int64_t shift = static_cast<int64_t>(crossing.student_above) - crossing.teacher_above;
     const int64_t begin = std::clamp(-shift, int64_t(0), students), end = std::clamp(teachers - shift, begin, students);
     all(student, q, 0, begin, minus);
@@ -319,7 +372,7 @@ void sort_crossings(RankedSide<Real>& student, RankedSide<Real>& teacher, Entry<
     for (int64_t j = begin; j < end; ++j) {
       const Entry<Real> one = q[j], other = p[j + shift];
       const double depth = student.depth(one.logit()), other_depth = teacher.depth(other.logit());
-      const OwnSign sign = depth < other_depth ? plus : depth > other_depth ? minus : zero;
+      const int sign = depth == other_depth ? zero : depth < other_depth ? plus : minus;
       student.buckets[one.id()] = teacher.buckets[other.id()] = static_cast<uint16_t>(first + sign);
     }
     q += students;
@@ -376,7 +429,7 @@ bool run_row(const SortedL1Problem& problem, int64_t row) {
     for (RankedSide<Real>* side : {&student, &teacher}) {
       side->buckets = arena.take<uint16_t>(side->vocab);
       side->counts = arena.take<int32_t>(scale.buckets + 1);
-      side->entries = arena.take<Entry<Real>>(side->vocab + 1);  // one more is written than kept
+      side->entries = arena.take<Entry<Real>>(side->vocab);
     }
     tables.signs = arena.take<float>(scale.buckets + 1 + own_signs);
     tables.crossings = arena.take<Crossing>(scale.buckets);

@@ -10,17 +10,27 @@ from kdkernels.backends.triton.divergence import (
     divergence_fused,
 )
 from kdkernels.backends.triton.launching import status, supports
+from kdkernels.backends.triton.pairwise_l1 import pairwise_l1_backward, pairwise_l1_forward, pairwise_normalisers
 from kdkernels.backends.triton.records import unpack_records
+from kdkernels.backends.triton.sinkhorn import SINKHORN_POTENTIALS, sinkhorn_backward, sinkhorn_forward
+from kdkernels.backends.triton.sorted_l1 import sorted_l1
 from kdkernels.backends.triton.sparse_divergence import sparse_divergence_fused
 from kdkernels.backends.triton.token_statistics import token_statistics
 from kdkernels.backends.triton.topk import sample, topk
 
 __all__ = [
     "SAVED_STATISTICS",
+    "SINKHORN_POTENTIALS",
     "divergence_backward",
     "divergence_forward",
     "divergence_fused",
+    "pairwise_l1_backward",
+    "pairwise_l1_forward",
+    "pairwise_normalisers",
     "sample",
+    "sinkhorn_backward",
+    "sinkhorn_forward",
+    "sorted_l1",
     "sparse_divergence_fused",
     "status",
     "supports",

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from kdkernels.backends.rows import RowSpec
 
-__all__ = ["load_kernels", "on_device_of", "prepare_launch", "row_arguments", "status", "supports"]
+__all__ = [
+    "load_kernels",
+    "on_device_of",
+    "precision",
+    "prepare_launch",
+    "row_arguments",
+    "status",
+    "supports",
+    "warp_size",
+]
 
 
 class Kernels(NamedTuple):
@@ -21,7 +30,10 @@ class Kernels(NamedTuple):
     language: ModuleType
     jit_function: type
     divergence: ModuleType
+    pairwise_l1: ModuleType
     records: ModuleType
+    sinkhorn: ModuleType
+    sorted_l1: ModuleType
     sparse_divergence: ModuleType
     token_statistics: ModuleType
     topk: ModuleType
@@ -36,7 +48,10 @@ def load_kernels() -> Kernels:
     from kdkernels.triton_kernels import (
         divergence,
         online_softmax,
+        pairwise_l1,
         records,
+        sinkhorn,
+        sorted_l1,
         sparse_divergence,
         tiling,
         token_statistics,
@@ -47,7 +62,10 @@ def load_kernels() -> Kernels:
         triton.language,
         triton.JITFunction,
         divergence,
+        pairwise_l1,
         records,
+        sinkhorn,
+        sorted_l1,
         sparse_divergence,
         token_statistics,
         topk,
@@ -58,6 +76,19 @@ def load_kernels() -> Kernels:
 
 def is_hip() -> bool:
     return torch.version.hip is not None
+
+
+def warp_size() -> int:
+    return 64 if is_hip() else 32
+
+
+def precision(double: bool) -> dict[str, Any]:
+    """What a kernel computes in, and whether it may take the hardware's logarithm."""
+    kernels = load_kernels()
+    return {
+        "compute": kernels.language.float64 if double else kernels.language.float32,
+        "fast_log": not (double or kernels.interpreted or is_hip()),
+    }
 
 
 def status() -> tuple[bool, str]:
@@ -107,21 +138,20 @@ def prepare_launch(student: Tensor, *others: Tensor | None) -> Launch:
     """`student` [N, V] and whatever else [N, V] the kernel reads or writes."""
     kernels = load_kernels()
     operands = [student, *(tensor for tensor in others if tensor is not None)]
+    double = any(tensor.dtype == torch.float64 for tensor in operands)
     aligned = all(
         tensor.data_ptr() % kernels.tiling.VECTOR_BYTES == 0
         and tensor.stride(0) * tensor.element_size() % kernels.tiling.VECTOR_BYTES == 0
         for tensor in operands
     )
     itemsize = max(tensor.element_size() for tensor in operands)
-    tiling = kernels.tiling.choose_tiling(student.shape[1], itemsize, aligned, warp_size=64 if is_hip() else 32)
-    double = any(tensor.dtype == torch.float64 for tensor in operands)
+    tiling = kernels.tiling.choose_tiling(student.shape[1], itemsize, aligned, warp_size())
     return Launch(
         width=tiling.width,
         unroll=tiling.unroll,
         lanes=tiling.lanes,
         num_warps=tiling.num_warps,
-        compute=kernels.language.float64 if double else kernels.language.float32,
-        fast_log=not (double or kernels.interpreted or is_hip()),
+        **precision(double),
     )
 
 

@@ -1,0 +1,66 @@
+"""Compiles the kernels of the families sinkhorn, pairwise_l1 and sorted_l1 ahead of time, see ``aot``."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import aot
+
+INTEGERS = {"rows", "columns", "max_iterations", "max_steps", "vocab_size", "splits", "steps", "students", "teachers", "own_rows", "other_rows", "split_size"}
+TYPES: dict[str, str] = dict.fromkeys(INTEGERS, "i32")
+TYPES |= dict.fromkeys(("row_lengths", "column_lengths", "order", "student_order", "teacher_order"), "*i64")
+TYPES |= {"iterations": "*i64", "status": "*i32"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One specialisation of one kernel."""
+
+    kernel: str
+    target: str
+    dtype: str
+    sizes: tuple[tuple[str, Any], ...]
+    """Constants of the kernel."""
+    num_warps: int
+    absent: tuple[str, ...] = ()
+    """Optional tensors that are not given."""
+    family: str = "sinkhorn"
+
+    def __str__(self) -> str:
+        sizes = [f"{name.lower()}{value}" for name, value in self.sizes]
+        return "-".join([self.kernel, self.target, self.dtype, *sizes, *self.absent])
+
+
+def compiled_resources(case: Case) -> dict[str, Any]:
+    """Registers and spilled bytes of a thread."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module = importlib.import_module(f"kdkernels.triton_kernels.{case.family}")
+    kernel = getattr(module, f"{case.kernel}_kernel")
+    target = GPUTarget(*aot.TARGETS[case.target])
+    compute = "fp64" if case.dtype == "fp64" else "fp32"
+    constants = {"COMPUTE": tl.float64 if compute == "fp64" else tl.float32, **dict(case.sizes)}
+    inputs = {"cost", "cost_gradient", "student", "teacher", "source", "gradient", "own", "other"}
+    signature: dict[str, str] = {}
+    constexprs: dict[str, Any] = {}
+    for parameter in kernel.params:
+        name = parameter.name
+        if parameter.is_constexpr or name in case.absent:
+            signature[name] = "constexpr"
+            constexprs[name] = constants[name] if parameter.is_constexpr else None
+        else:
+            signature[name] = (
+                parameter.annotation_type
+                or TYPES.get(name)
+                or (f"*{case.dtype}" if name in inputs else f"*{compute}")
+            )
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constexprs), target=target, options={"num_warps": case.num_warps}
+    )
+    read = aot._read_cuda if target.backend == "cuda" else aot._read_hip
+    return read(compiled.asm)
