@@ -16,7 +16,9 @@ TOLERANCES = {torch.float32: 2e-4, torch.float64: 1e-9}
 
 each_precision = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 each_kind = pytest.mark.parametrize("kind", ["logits", "head"])
-each_backend = pytest.mark.parametrize("backend", [None, "reference"], ids=["default", "reference"])
+each_backend = pytest.mark.parametrize(
+    "backend", [pytest.param(None, id="default"), pytest.param("reference", marks=pytest.mark.slow)]
+)
 
 
 def noise(*shape: int, seed: int) -> Tensor:

@@ -277,7 +277,7 @@ def test_bad_input() -> None:
         losses.ULD()(logits, logits[:1], labels, labels[:1])
     with pytest.raises(ValueError, match=r"teacher must have the shape \[B, T, ...\], got \(3, 5\)"):
         losses.ULD()(logits, logits[0], labels, labels)
-    with pytest.raises(TypeError, match="student must be a tensor of logits, .* got list"):
+    with pytest.raises(TypeError, match=r"student must be a tensor of logits, .* got list"):
         losses.ULD()([1.0], logits, labels, labels)
     with pytest.raises(ValueError, match="as many layers, got 1 and 2"):
         losses.CoT2Align([1], [1, 2])
