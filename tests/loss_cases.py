@@ -14,6 +14,8 @@ import kdkernels as kd
 TOLERANCES = {torch.float32: 2e-4, torch.float64: 1e-9}
 """Relative to the loss, and to the largest entry of each gradient."""
 
+HEAD = {"softcap": 7.0, "logit_scale": 0.8}
+
 each_precision = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 each_kind = pytest.mark.parametrize("kind", ["logits", "head"])
 each_backend = pytest.mark.parametrize(
@@ -45,13 +47,14 @@ class Model(NamedTuple):
         return Model([copy(leaf, dtype) for leaf in self.leaves])
 
     def source(self) -> Any:
-        return self.leaves[0] if len(self.leaves) == 1 else kd.LMHead(*self.leaves)
+        return self.leaves[0] if len(self.leaves) == 1 else kd.LMHead(*self.leaves, **HEAD)
 
     def logits(self) -> Tensor:
         if len(self.leaves) == 1:
             return self.leaves[0]
         hidden, weight, bias = self.leaves
-        return hidden @ weight.T + bias
+        softcap = HEAD["softcap"]
+        return softcap * torch.tanh(HEAD["logit_scale"] * (hidden @ weight.T + bias) / softcap)
 
 
 def compare(

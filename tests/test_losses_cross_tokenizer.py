@@ -379,7 +379,7 @@ def test_defaults_are_those_of_the_papers() -> None:
 def test_bad_input() -> None:
     student, teacher = (model.source() for model in models("logits"))
     loss = losses.ALM()
-    with pytest.raises(ValueError, match="measure must be one of binary_ce, .* got 'kl'"):
+    with pytest.raises(ValueError, match=r"measure must be one of binary_ce, .* got 'kl'"):
         losses.ALM("kl")
     with pytest.raises(ValueError, match="merge_threshold needs teacher_space"):
         losses.ALM(merge_threshold=0.1)

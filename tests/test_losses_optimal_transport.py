@@ -298,3 +298,15 @@ def test_names() -> None:
         losses.get("unknown")
     with pytest.raises(ValueError, match="key 'uld' is that of ULD already"):
         losses.registry.register("uld")(losses.SinKD)
+
+
+def test_heads_keep_their_options() -> None:
+    options = {"softcap": 3.0, "logit_scale": 0.5, "compute_dtype": torch.bfloat16}
+    weight, bias = torch.nn.Parameter(torch.zeros(4, 3)), torch.nn.Parameter(torch.zeros(4))
+    head = kd.LMHead(torch.zeros(2, 5, 3, requires_grad=True), weight, bias, **options)
+    for changed in (losses.sequences.detached(head), losses.sequences.take_tokens(head, torch.zeros(2, 1).long())):
+        assert isinstance(changed, kd.LMHead)
+        assert {name: getattr(changed, name) for name in options} == options
+    frozen = losses.sequences.detached(head)
+    assert not any(tensor.requires_grad for tensor in (frozen.hidden, frozen.weight, frozen.bias))
+    assert head.weight is weight
