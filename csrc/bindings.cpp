@@ -65,13 +65,15 @@ struct Kernels {
   void (*pairwise_normalisers)(const PairNormalisers&);
   bool (*pairwise_l1)(const PairProblem&);
   bool (*sorted_l1)(const SortedL1Problem&);
+  bool (*sinkhorn)(const SinkhornProblem&);
+  bool (*sinkhorn_gradient)(const SinkhornGradientProblem&);
 };
 
 #define KD_KERNELS(isa)                                                                                              \
   Kernels {                                                                                                          \
     #isa, isa::divergence, isa::token_statistics, isa::sparse_divergence, isa::collect_entries, isa::expand_entries, \
         isa::sparse_products, isa::pack_records, isa::unpack_records, isa::topk, isa::sample,                        \
-        isa::pairwise_normalisers, isa::pairwise_l1, isa::sorted_l1                                                  \
+        isa::pairwise_normalisers, isa::pairwise_l1, isa::sorted_l1, isa::sinkhorn, isa::sinkhorn_gradient           \
   }
 
 bool processor_has(const std::string& isa) {
@@ -460,37 +462,116 @@ void pairwise_l1(int threads, bool compute_double, int64_t problems, int64_t voc
     py::gil_scoped_release release;
     done = chosen().pairwise_l1(problem);
   }
-  if (!done) throw std::bad_alloc();
-}
 
-void sorted_l1(int threads, bool compute_double, int64_t rows, int64_t student_vocab, int64_t teacher_vocab,
-               Address student, int64_t student_stride, int student_dtype, Address teacher, int64_t teacher_stride,
-               int teacher_dtype, double student_temperature, Address student_temperatures, double teacher_temperature,
-               Address teacher_temperatures, double student_softcap, double teacher_softcap, Address active,
-               double error_bound, Address values, Address omitted, Address grad_values, Address grad_student,
-               int64_t grad_student_stride, Address grad_teacher, int64_t grad_teacher_stride) {
-  SortedL1Problem problem;
-  problem.rows = rows;
-  problem.vocab = student_vocab + teacher_vocab;
-  problem.threads = threads;
-  problem.compute_double = compute_double;
-  problem.student = matrix(student, student_stride, student_dtype);
-  problem.teacher = matrix(teacher, teacher_stride, teacher_dtype);
-  problem.student_vocab = student_vocab;
-  problem.teacher_vocab = teacher_vocab;
-  problem.student_temperature = per_row(student_temperature, student_temperatures);
-  problem.teacher_temperature = per_row(teacher_temperature, teacher_temperatures);
-  problem.student_softcap = student_softcap;
-  problem.teacher_softcap = teacher_softcap;
-  problem.active = reinterpret_cast<const uint8_t*>(active);
-  problem.error_bound = error_bound;
-  problem.values = reinterpret_cast<void*>(values);
-  problem.omitted = reinterpret_cast<void*>(omitted);
-  problem.grad_values = per_row(1, grad_values);
-  problem.grad_student = matrix(grad_student, grad_student_stride, student_dtype);
-  problem.grad_teacher = matrix(grad_teacher, grad_teacher_stride, teacher_dtype);
-  run(chosen().sorted_l1, problem);
-}
+  void fill(SinkhornProblem & problem, int threads, bool compute_double, int64_t batch, int64_t rows, int64_t columns,
+            Address cost, Address a, Address b, Address row_lengths, Address column_lengths, Address start,
+            double epsilon, double tolerance, double row_reach, double column_reach, double epsilon_start,
+            double epsilon_decay, int64_t max_iterations, Address f, Address g, Address iterations, Address f_history,
+            Address g_history) {
+    problem.batch = batch;
+    problem.rows = rows;
+    problem.columns = columns;
+    // Below this a second thread costs more than it brings.
+    problem.threads = batch * rows * columns < 8192 ? 1 : threads;
+    problem.compute_double = compute_double;
+    problem.cost = reinterpret_cast<const void*>(cost);
+    problem.a = reinterpret_cast<const void*>(a);
+    problem.b = reinterpret_cast<const void*>(b);
+    problem.row_lengths = reinterpret_cast<const int64_t*>(row_lengths);
+    problem.column_lengths = reinterpret_cast<const int64_t*>(column_lengths);
+    problem.start = reinterpret_cast<const double*>(start);
+    problem.epsilon = epsilon;
+    problem.tolerance = tolerance;
+    problem.row_reach = row_reach;
+    problem.column_reach = column_reach;
+    problem.epsilon_start = epsilon_start;
+    problem.epsilon_decay = epsilon_decay;
+    problem.max_iterations = max_iterations;
+    problem.f = reinterpret_cast<double*>(f);
+    problem.g = reinterpret_cast<double*>(g);
+    problem.iterations = reinterpret_cast<int64_t*>(iterations);
+    problem.f_history = reinterpret_cast<double*>(f_history);
+    problem.g_history = reinterpret_cast<double*>(g_history);
+  }
+
+  void sinkhorn(int threads, bool compute_double, int64_t batch, int64_t rows, int64_t columns, Address cost, Address a,
+                Address b, Address row_lengths, Address column_lengths, Address start, double epsilon, double tolerance,
+                double row_reach, double column_reach, double epsilon_start, double epsilon_decay,
+                int64_t max_iterations, Address f, Address g, Address iterations, Address f_history, Address g_history,
+                Address distance, Address value, Address error, Address status) {
+    SinkhornProblem problem;
+    fill(problem, threads, compute_double, batch, rows, columns, cost, a, b, row_lengths, column_lengths, start,
+         epsilon, tolerance, row_reach, column_reach, epsilon_start, epsilon_decay, max_iterations, f, g, iterations,
+         f_history, g_history);
+    problem.distance = reinterpret_cast<void*>(distance);
+    problem.value = reinterpret_cast<void*>(value);
+    problem.error = reinterpret_cast<void*>(error);
+    problem.status = reinterpret_cast<int32_t*>(status);
+    bool done;
+    {
+      py::gil_scoped_release release;
+      done = chosen().sinkhorn(problem);
+    }
+    if (!done) throw std::bad_alloc();
+  }
+
+  void sorted_l1(int threads, bool compute_double, int64_t rows, int64_t student_vocab, int64_t teacher_vocab,
+                 Address student, int64_t student_stride, int student_dtype, Address teacher, int64_t teacher_stride,
+                 int teacher_dtype, double student_temperature, Address student_temperatures,
+                 double teacher_temperature, Address teacher_temperatures, double student_softcap,
+                 double teacher_softcap, Address active, double error_bound, Address values, Address omitted,
+                 Address grad_values, Address grad_student, int64_t grad_student_stride, Address grad_teacher,
+                 int64_t grad_teacher_stride) {
+    SortedL1Problem problem;
+    problem.rows = rows;
+    problem.vocab = student_vocab + teacher_vocab;
+    problem.threads = threads;
+    problem.compute_double = compute_double;
+    problem.student = matrix(student, student_stride, student_dtype);
+    problem.teacher = matrix(teacher, teacher_stride, teacher_dtype);
+    problem.student_vocab = student_vocab;
+    problem.teacher_vocab = teacher_vocab;
+    problem.student_temperature = per_row(student_temperature, student_temperatures);
+    problem.teacher_temperature = per_row(teacher_temperature, teacher_temperatures);
+    problem.student_softcap = student_softcap;
+    problem.teacher_softcap = teacher_softcap;
+    problem.active = reinterpret_cast<const uint8_t*>(active);
+    problem.error_bound = error_bound;
+    problem.values = reinterpret_cast<void*>(values);
+    problem.omitted = reinterpret_cast<void*>(omitted);
+    problem.grad_values = per_row(1, grad_values);
+    problem.grad_student = matrix(grad_student, grad_student_stride, student_dtype);
+    problem.grad_teacher = matrix(grad_teacher, grad_teacher_stride, teacher_dtype);
+    run(chosen().sorted_l1, problem);
+  }
+
+  void sinkhorn_gradient(int threads, bool compute_double, int64_t batch, int64_t rows, int64_t columns, Address cost,
+                         Address a, Address b, Address row_lengths, Address column_lengths, Address start,
+                         double epsilon, double tolerance, double row_reach, double column_reach, double epsilon_start,
+                         double epsilon_decay, int64_t max_iterations, Address f, Address g, Address iterations,
+                         Address f_history, Address g_history, int gradient, double solver_tolerance,
+                         Address grad_distance, Address grad_value, Address grad_f, Address grad_g, Address grad_cost,
+                         Address grad_a, Address grad_b) {
+    SinkhornGradientProblem problem;
+    fill(problem, threads, compute_double, batch, rows, columns, cost, a, b, row_lengths, column_lengths, start,
+         epsilon, tolerance, row_reach, column_reach, epsilon_start, epsilon_decay, max_iterations, f, g, iterations,
+         f_history, g_history);
+    problem.gradient = static_cast<TransportGradient>(gradient);
+    problem.solver_tolerance = solver_tolerance;
+    problem.grad_distance = reinterpret_cast<const void*>(grad_distance);
+    problem.grad_value = reinterpret_cast<const void*>(grad_value);
+    problem.grad_f = reinterpret_cast<const double*>(grad_f);
+    problem.grad_g = reinterpret_cast<const double*>(grad_g);
+    problem.grad_cost = reinterpret_cast<void*>(grad_cost);
+    problem.grad_a = reinterpret_cast<void*>(grad_a);
+    problem.grad_b = reinterpret_cast<void*>(grad_b);
+    bool done;
+    {
+      py::gil_scoped_release release;
+      done = chosen().sinkhorn_gradient(problem);
+    }
+    if (!done) throw std::bad_alloc();
+  }
 
 }  // namespace
 }  // namespace kd
@@ -510,6 +591,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("pairwise_normalisers", &kd::pairwise_normalisers);
   module.def("pairwise_l1", &kd::pairwise_l1);
   module.def("sorted_l1", &kd::sorted_l1);
+  module.def("sinkhorn", &kd::sinkhorn);
+  module.def("sinkhorn_gradient", &kd::sinkhorn_gradient);
   module.def("isa", [] { return kd::chosen().name; }, "Instruction set of the kernels in use.");
   module.def(
       "isas",

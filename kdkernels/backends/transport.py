@@ -49,6 +49,7 @@ from torch import Tensor
 __all__ = [
     "FAULTS",
     "GRADIENTS",
+    "LARGEST_EXPONENT",
     "SOLVER_TOLERANCE",
     "TransportGradients",
     "TransportSpec",
@@ -62,6 +63,9 @@ GRADIENTS = ("envelope", "implicit", "unrolled")
 SOLVER_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
 """Conjugate gradients stop at this residual, relative to the right-hand side, by the compute type; or after
 ``2 min(n, m) + 10`` steps."""
+
+LARGEST_EXPONENT = {torch.float32: 69.0, torch.float64: 690.0}
+"""Of the density E: only pairs without mass on either side reach it."""
 
 FAULTS = {
     1: "cost of problem {} holds NaN or -inf; +inf forbids a pair",
