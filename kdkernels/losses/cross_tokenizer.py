@@ -384,6 +384,9 @@ class GOLD(nn.Module):
     KL(q||m)`` with ``m = beta p + (1 - beta) q`` (beta = 0: ``KL(p||q)``, 1: ``KL(q||p)``), and only the others sorted:
     ``matched_weight JSD + unmatched_weight L1``. The result is the mean over the chunks of each text, then over the batch.
 
+    Chunks of one token on both sides run in the kernels of ``kd.sorted_l1``; merged and hybrid ones, whose entries do not add
+    up to 1, in plain PyTorch a block at a time, picked out with a synchronisation on GPUs.
+
     Source: Patino et al. 2025, "Unlocking On-Policy Distillation for Any Model Family", as TRL's ``GOLDTrainer`` computes it
     (version of 2026; facts only). Confidence: from the authors' code.
 
