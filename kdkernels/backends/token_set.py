@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels.backends.chunked_head import Head, Needs, SideGradients, chunks
+from kdkernels.backends.chunked_head import Head, Needs, SideGradients, active_index, chunks, only_active, spread
 from kdkernels.backends.rows import RowSpec, Side, compute_dtype, row_temperature
 from kdkernels.backends.sparse_rows import NOTHING
 
@@ -73,6 +73,10 @@ def row_chunks(side: Side, memory_budget: int | None, vocab: int) -> Iterator[sl
 @torch.no_grad()
 def values(side: Side, members: Tensor, spec: RowSpec, memory_budget: int | None) -> Tensor:
     """``[N]``, 0 where a row is not active."""
+    index = active_index([side], spec)
+    if index is not None:
+        kept = spec.take(index)._replace(active=None)
+        return spread(values(only_active(side, index), members, kept, memory_budget), index, len(side.tensor))
     head = Head(side, Needs(False), spec.active)
     found = side.tensor.new_empty(side.tensor.shape[0], dtype=compute_dtype(side.tensor, None))
     for chunk in row_chunks(side, memory_budget, len(members)):
@@ -88,6 +92,12 @@ def gradients(
     side: Side, members: Tensor, spec: RowSpec, upstream: Tensor, needs: Needs, memory_budget: int | None
 ) -> SideGradients:
     """The gradients of ``sum(upstream * values)``."""
+    index = active_index([side], spec)
+    if index is not None:
+        kept = spec.take(index)._replace(active=None)
+        found = gradients(only_active(side, index), members, kept, upstream[index], needs, memory_budget)
+        hidden = found.tensor
+        return found if hidden is None else found._replace(tensor=spread(hidden, index, len(side.tensor)))
     head = Head(side, needs, spec.active)
     for chunk in row_chunks(side, memory_budget, len(members)):
         logits, taken, factors = head.logits(chunk), spec.take(chunk), upstream[chunk]

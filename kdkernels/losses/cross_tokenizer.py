@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kdkernels.alignment import Chunks, chunk_sums, first_tokens, last_tokens, merge_chunks
-from kdkernels.arguments.rows import side
+from kdkernels.arguments.rows import check_memory_budget, side
 from kdkernels.checks import check_choice, check_flag, check_floating, check_integral, check_real
 from kdkernels.functional import sorted_l1, token_log_probs, token_set_log_probs
 from kdkernels.losses.registry import register
@@ -94,6 +94,7 @@ class ALM(nn.Module):
             ``kd.alignment.space_tokens``), or None. With both the log-probabilities of chunks are corrected.
         merge_threshold: None, or the probability below which chunks are merged; needs ``teacher_space``. The authors use
             0.1 with all chunks, and 1e-4.
+        backend: of the kernels, see ``kd.token_log_probs``.
     """
 
     def __init__(
@@ -108,8 +109,10 @@ class ALM(nn.Module):
         student_space: Tensor | None = None,
         teacher_space: Tensor | None = None,
         merge_threshold: float | None = None,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
+        self.backend = backend
         self.measure = check_choice("measure", measure, MEASURES)
         self.temperature = check_real("temperature", temperature, positive=True)
         self.epsilon = check_real("epsilon", epsilon, positive=True)
@@ -183,12 +186,12 @@ class ALM(nn.Module):
         if valid is not None:
             wanted &= valid.gather(-1, chunk_ids.clamp(min=0))
         labels = next_tokens(ids.masked_fill(~wanted, IGNORED))
-        log_probs = token_log_probs(source, labels)
+        log_probs = token_log_probs(source, labels, backend=self.backend)
         log_probs = torch.cat([torch.zeros_like(log_probs[:, :1]), log_probs[:, :-1]], 1)
         if space is None:
             return TokenScores(log_probs)
         ends = wanted & (chunk_ids != next_tokens(chunk_ids, -2))
-        return TokenScores(log_probs, token_set_log_probs(source, space, mask=ends).clamp(max=0))
+        return TokenScores(log_probs, token_set_log_probs(source, space, mask=ends, backend=self.backend).clamp(max=0))
 
     def from_scores(
         self,
@@ -381,6 +384,9 @@ class GOLD(nn.Module):
     KL(q||m)`` with ``m = beta p + (1 - beta) q`` (beta = 0: ``KL(p||q)``, 1: ``KL(q||p)``), and only the others sorted:
     ``matched_weight JSD + unmatched_weight L1``. The result is the mean over the chunks of each text, then over the batch.
 
+    Chunks of one token on both sides run in the kernels of ``kd.sorted_l1``; merged and hybrid ones, whose entries do not add
+    up to 1, in plain PyTorch a block at a time, picked out with a synchronisation on GPUs.
+
     Source: Patino et al. 2025, "Unlocking On-Policy Distillation for Any Model Family", as TRL's ``GOLDTrainer`` computes it
     (version of 2026; facts only). Confidence: from the authors' code.
 
@@ -396,6 +402,7 @@ class GOLD(nn.Module):
         matched_weight, unmatched_weight: None for both: K over the teacher's vocabulary, and the rest to 1.
         floor: probabilities are no less than this in products and logarithms.
         memory_budget: bytes for temporary rows of the vocabularies.
+        backend: of the kernels, see ``kd.sorted_l1``.
     """
 
     def __init__(
@@ -413,8 +420,10 @@ class GOLD(nn.Module):
         unmatched_weight: float | None = None,
         floor: float = 1e-8,
         memory_budget: int = 256 << 20,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
+        self.backend = backend
         self.merge = check_choice("merge", merge, ("observed", "bayesian"))
         self.shifted = merge == "bayesian" if shifted is None else check_flag("shifted", shifted)
         self.weight = check_real("weight", weight)
@@ -433,6 +442,7 @@ class GOLD(nn.Module):
                 check_real("unmatched_weight", unmatched_weight),
             )
         self.floor = check_real("floor", floor, positive=True)
+        check_memory_budget(memory_budget)
         self.memory_budget = memory_budget
         if matched is not None:
             check_integral("matched", matched)
@@ -477,10 +487,10 @@ class GOLD(nn.Module):
         factor = (chunk_ids >= 0) & ~is_base & valid.gather(-1, chunk_ids.clamp(min=0))
         labels = ids.masked_fill(~factor, IGNORED)
         if self.shifted:
-            log_probs = token_log_probs(source, next_tokens(labels), temperature=temperature)
+            log_probs = token_log_probs(source, next_tokens(labels), temperature=temperature, backend=self.backend)
             log_probs = torch.cat([torch.zeros_like(log_probs[:, :1]), log_probs[:, :-1]], 1)
         else:
-            log_probs = token_log_probs(source, labels, temperature=temperature)
+            log_probs = token_log_probs(source, labels, temperature=temperature, backend=self.backend)
         scale = chunk_sums(log_probs.clamp(min=math.log(self.floor)), chunk_ids, size)
         places = (base - int(self.shifted)).masked_fill(~valid, 0)
         return take_tokens(source, places), scale
@@ -496,6 +506,7 @@ class GOLD(nn.Module):
                 temperature=self.temperature,
                 teacher_temperature=self.teacher_temperature,
                 mask=single,
+                backend=self.backend,
             )
             assert isinstance(kernel, Tensor)
             values = values + kernel

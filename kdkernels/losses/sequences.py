@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -45,18 +47,20 @@ def batch_of(name: str, source: Source) -> torch.Size:
 
 def with_tensor(source: Source, tensor: Tensor) -> Source:
     """The same source of other tokens."""
-    if isinstance(source, LMHead):
-        return LMHead(tensor, source.weight, source.bias, softcap=source.softcap, logit_scale=source.logit_scale)
-    return tensor
+    if not isinstance(source, LMHead):
+        return tensor
+    head = copy(source)
+    head.hidden = tensor
+    return head
 
 
 def detached(source: Source) -> Source:
     """The same source, to which no gradient flows."""
-    if isinstance(source, LMHead):
-        weight, bias = source.weight.detach(), None if source.bias is None else source.bias.detach()
-        hidden = source.hidden.detach()
-        return LMHead(hidden, weight, bias, softcap=source.softcap, logit_scale=source.logit_scale)
-    return (source.tensor if isinstance(source, Logits) else source).detach()
+    found = with_tensor(source, tensor_of("teacher", source).detach())
+    if isinstance(found, LMHead):
+        found.weight = found.weight.detach()
+        found.bias = None if found.bias is None else found.bias.detach()
+    return found
 
 
 def take_tokens(source: Source, places: Tensor) -> Source:
