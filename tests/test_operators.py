@@ -25,6 +25,8 @@ OPERATORS = {
     "linear_divergence_backward",
     "linear_divergence_total",
     "sample",
+    "sinkhorn",
+    "sinkhorn_backward",
     "sparse_divergence",
     "sparse_divergence_backward",
     "sparse_divergence_total",
@@ -186,6 +188,8 @@ def test_every_operator_is_reached_by_the_public_functions() -> None:
     calls = [call for case in CHECKED for call in every_call(*case)] + statistics_calls("head-logits", "plain")
     calls += [call for case in SPARSE for call in sparse_calls(*case)]
     calls += recorded(lambda: (kd.topk_logits(torch.zeros(2, 5), 2), kd.sample_logits(torch.zeros(2, 5), 2)))
+    cost = torch.zeros(1, 2, 2, requires_grad=True)
+    calls += recorded(lambda: kd.sinkhorn(cost, epsilon=1.0).distance.sum().backward())
     assert {operator._opname for operator, _ in calls} == OPERATORS
     assert {name.partition("::")[2] for name in registered_operators()} == OPERATORS
 

@@ -13,6 +13,9 @@
 #include "cpu/problem.h"
 #include "math/elementary.h"
 
+// Vectors wider than the instruction set's are passed between functions of one translation unit only.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 namespace kd::KD_ISA {
 namespace {
 
@@ -36,6 +39,16 @@ struct Vectors<double> {
   typedef Full Eight;
   static KD_INLINE Eight fold(Full x) { return x; }
 };
+
+template <class Real>
+KD_INLINE typename Vectors<Real>::Eight eight_at(const Real* x) {
+  return *reinterpret_cast<const typename Vectors<Real>::Eight*>(x);
+}
+
+template <class Real>
+KD_INLINE void put_eight(Real* into, typename Vectors<Real>::Eight x) {
+  *reinterpret_cast<typename Vectors<Real>::Eight*>(into) = x;
+}
 
 template <class Real>
 constexpr int64_t lanes = 64 / static_cast<int64_t>(sizeof(Real));
@@ -115,6 +128,7 @@ void each_chunk(int64_t chunks, int threads, const Body& body) {
 template <class Real>
 struct Transport {
   using Full = typename Vectors<Real>::Full;
+  using Eight = typename Vectors<Real>::Eight;
   static constexpr bool single = sizeof(Real) == 4;
   static constexpr double log2_e = 1.4426950408889634074;
   // Entries beyond this belong to a row and a column without mass.
@@ -259,30 +273,28 @@ struct Transport {
     });
   }
 
-  // For every group of rows, row(first row, its sums K y [8], x [8]) says what x is; sums = K' x.
+  // For every group of rows, row(first row, its sums K y) returns x of these rows; sums = K' x. What is done with the sums
+  // of a group takes its time, so the loop over the columns is two groups behind with x.
   template <class Row>
   void sweep(const Real* y, Real* sums, const Row& row) {
     each_chunk(chunks, threads, [&](int64_t chunk) {
       Real* into = chunks > 1 ? partial + chunk * stride : sums;
       std::fill(into, into + stride, Real(0));
-      for (int64_t i = chunk * chunk_rows; i < chunk_end(chunk); i += row_group) {
+      const int64_t first = chunk * chunk_rows, end = chunk_end(chunk);
+      Eight dots = {}, x = {};
+      for (int64_t i = first; i < end + 2 * row_group; i += row_group) {
+        Eight next_x = {};
+        if (i > first && i - row_group < end) next_x = row(i - row_group, dots);
         const Real* K = kernel + i * stride;
-        Full products[8] = {};
-        for (int64_t j = 0; j < stride; j += lanes<Real>) {
-          const Full yj = *reinterpret_cast<const Full*>(y + j);
-          for (int r = 0; r < 8; ++r) products[r] += *reinterpret_cast<const Full*>(K + r * stride + j) * yj;
+        const Real* done = K - 2 * row_group * stride;
+        if (i >= end) {
+          if (i - 2 * row_group >= first) pass<false, true>(K, y, done, x, into);
+        } else if (i - 2 * row_group < first) {
+          dots = pass<true, false>(K, y, done, x, into);
+        } else {
+          dots = pass<true, true>(K, y, done, x, into);
         }
-        alignas(64) Real dots[8], x[8];
-        *reinterpret_cast<typename Vectors<Real>::Eight*>(dots) = sums_of<Real>(products);
-        row(i, dots, x);
-        for (int64_t j = 0; j < stride; j += lanes<Real>) {
-          Full even = *reinterpret_cast<Full*>(into + j), odd = {};
-          for (int r = 0; r < 8; r += 2) {
-            even += *reinterpret_cast<const Full*>(K + r * stride + j) * x[r];
-            odd += *reinterpret_cast<const Full*>(K + (r + 1) * stride + j) * x[r + 1];
-          }
-          *reinterpret_cast<Full*>(into + j) = even + odd;
-        }
+        x = next_x;
       }
     });
     if (chunks > 1) {
@@ -290,6 +302,28 @@ struct Transport {
       for (int64_t chunk = 1; chunk < chunks; ++chunk)
         for (int64_t j = 0; j < stride; ++j) sums[j] += partial[chunk * stride + j];
     }
+  }
+
+ private:
+  // The products of eight rows with y, and eight rows of an earlier group, times x, added to `into`.
+  template <bool multiply, bool add>
+  KD_INLINE Eight pass(const Real* K, const Real* y, const Real* done, Eight x, Real* into) const {
+    Full products[8] = {};
+    for (int64_t j = 0; j < stride; j += lanes<Real>) {
+      if constexpr (multiply) {
+        const Full yj = *reinterpret_cast<const Full*>(y + j);
+        for (int r = 0; r < 8; ++r) products[r] += *reinterpret_cast<const Full*>(K + r * stride + j) * yj;
+      }
+      if constexpr (add) {
+        Full even = *reinterpret_cast<Full*>(into + j), odd = {};
+        for (int r = 0; r < 8; r += 2) {
+          even += *reinterpret_cast<const Full*>(done + r * stride + j) * x[r];
+          odd += *reinterpret_cast<const Full*>(done + (r + 1) * stride + j) * x[r + 1];
+        }
+        *reinterpret_cast<Full*>(into + j) = even + odd;
+      }
+    }
+    return multiply ? sums_of<Real>(products) : Eight{};
   }
 };
 
