@@ -183,6 +183,7 @@ def test_accuracy_in_single_precision(variant: str, mode: str, scale: float) -> 
 # --- peers ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @each_backend
 def test_pot(backend: str) -> None:
     ot = pytest.importorskip("ot")
@@ -196,6 +197,7 @@ def test_pot(backend: str) -> None:
         close(result.distance[place], (plan * cost[place].numpy()).sum())
 
 
+@pytest.mark.slow
 @each_backend
 def test_pot_batch(backend: str) -> None:
     batch = pytest.importorskip("ot.batch")
@@ -207,6 +209,7 @@ def test_pot_batch(backend: str) -> None:
     close(result.value, theirs.value, 1e-8)  # theirs adds 1e-16 to logarithms
 
 
+@pytest.mark.slow
 @each_backend
 @pytest.mark.parametrize("reach", [1.0, (0.3, 2.0)])
 def test_pot_unbalanced(backend: str, reach: Any) -> None:
@@ -222,6 +225,7 @@ def test_pot_unbalanced(backend: str, reach: Any) -> None:
         close(result.plan()[place], expected, 1e-9)
 
 
+@pytest.mark.slow
 @each_backend
 def test_linear_programming(backend: str) -> None:
     """At a small epsilon the plan costs what the best plan of all does."""
@@ -551,7 +555,7 @@ def test_zero_marginals(mode: str) -> None:
         sent = upstreams(found, without_shift=True)
         sent["f"][1, 5] = 0
         answers.append([*found.values(), *gradients(found, leaves, sent)])
-        assert float(result.f[1, 5]) == 0
+        assert not bool(result.f[1, 5])
         assert bool(result.f.isfinite().all())
         assert not bool(result.plan()[0, 2].any())
     for name, ours, expected in zip((*OUTPUTS, "cost", "a", "b"), *answers, strict=True):

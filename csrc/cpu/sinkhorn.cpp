@@ -62,9 +62,12 @@ struct Iterations : Transport<Real> {
     Base::transform_columns(f0, new_v);
     Base::build(epsilon, buffer);
     std::fill(u, u + rows, Real(1));
-    for (int64_t j = 0; j < stride; ++j)
-      v[j] =
-          empty_columns[j] != Real(0) ? Real(1) : static_cast<Real>(std::exp(std::min(0.0, (g[j] - g0[j]) / epsilon)));
+    const double scale = Base::log2_e / epsilon;
+#pragma omp simd
+    for (int64_t j = 0; j < stride; ++j) {
+      const double x = (g[j] - g0[j]) * scale;
+      v[j] = empty_columns[j] != Real(0) ? Real(1) : static_cast<Real>(math::exp2(x < 0 ? x : 0));
+    }
     set_base_dependents();
     return true;
   }
@@ -79,8 +82,10 @@ struct Iterations : Transport<Real> {
 
   // f and g from their base and scalings.
   void make_potentials() {
+#pragma omp simd
     for (int64_t i = 0; i < n; ++i)
       f[i] = empty_rows[i] != Real(0) ? 0.0 : f0[i] + epsilon * math::log(static_cast<double>(u[i]));
+#pragma omp simd
     for (int64_t j = 0; j < m; ++j)
       g[j] = empty_columns[j] != Real(0) ? 0.0 : g0[j] + epsilon * math::log(static_cast<double>(v[j]));
   }
@@ -103,7 +108,7 @@ struct Iterations : Transport<Real> {
   // One iteration of the scalings into new_u and new_v.
   void iterate() {
     if (std::isinf(problem.row_reach)) {
-      Base::sweep(y, column_sums, [&](int64_t i, Eight sums) {
+      Base::sweep(y, column_sums, [&](int64_t i, const Eight& sums) {
         put_eight<Real>(row_sums + i, sums);
         const Eight scaling = Real(1) / (sums + eight_at<Real>(empty_rows + i));
         put_eight<Real>(new_u + i, scaling);
@@ -111,7 +116,7 @@ struct Iterations : Transport<Real> {
       });
     } else {
       const Real relaxation = static_cast<Real>(row_relaxation);
-      Base::sweep(y, column_sums, [&](int64_t i, Eight sums) {
+      Base::sweep(y, column_sums, [&](int64_t i, const Eight& sums) {
         put_eight<Real>(row_sums + i, sums);
 #pragma omp simd
         for (int64_t r = i; r < i + 8; ++r) new_u[r] = relaxed(row_offsets[r], relaxation, row_sums[r] + empty_rows[r]);
@@ -153,7 +158,7 @@ struct Iterations : Transport<Real> {
     std::copy(g, g + stride, g0);
     Base::build(epsilon, buffer);
     std::copy(b, b + stride, y);
-    Base::sweep(y, column_sums, [&](int64_t i, Eight sums) {
+    Base::sweep(y, column_sums, [&](int64_t i, const Eight& sums) {
       put_eight<Real>(row_sums + i, sums);
       return Eight{};
     });
@@ -177,7 +182,7 @@ struct Iterations : Transport<Real> {
     Base::transform_columns(f, new_v);
     std::copy(f, f + rows, f0);
     Base::build(epsilon, buffer);
-    Base::sweep(y, column_sums, [&](int64_t i, Eight) { return eight_at<Real>(a + i); });
+    Base::sweep(y, column_sums, [&](int64_t i, const Eight&) { return eight_at<Real>(a + i); });
     for (int64_t j = 0; j < m; ++j)
       g[j] = empty_columns[j] != Real(0)
                  ? 0.0
@@ -206,13 +211,14 @@ struct Iterations : Transport<Real> {
       }
       const bool test = problem.tolerance > 0 && !fresh && epsilon == problem.epsilon;
       iterate();
-      if (within(new_u, rows, trusted) && within(new_v, stride, trusted)) {
+      const Range<Real> of_rows(new_u, rows), of_columns(new_v, stride);
+      if (of_rows.within(trusted) && of_columns.within(trusted)) {
         if (test && scaled_error() <= problem.tolerance) break;
         std::swap(u, new_u);
         std::swap(v, new_v);
 #pragma omp simd
         for (int64_t j = 0; j < stride; ++j) y[j] = b[j] * v[j];
-        if (!within(u, rows, comfortable) || !within(v, stride, comfortable)) {
+        if (!of_rows.within(comfortable) || !of_columns.within(comfortable)) {
           make_potentials();
           absorb();
         }
@@ -331,6 +337,8 @@ bool run(const SinkhornProblem& problem) {
 
 }  // namespace
 
-bool sinkhorn(const SinkhornProblem& problem) { return problem.compute_double ? run<double>(problem) : run<float>(problem); }
+bool sinkhorn(const SinkhornProblem& problem) {
+  return problem.compute_double ? run<double>(problem) : run<float>(problem);
+}
 
 }  // namespace kd::KD_ISA

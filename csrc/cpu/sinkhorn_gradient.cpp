@@ -251,7 +251,7 @@ struct Gradient : Transport<Real> {
     Real *left_columns = to_cost.left(2), *left_rows = to_cost.left(1);
     Real *right_columns = to_cost.right(2), *right_rows = to_cost.right(1);
     columns_in(right_columns);
-    Base::sweep(right_columns, sums, [&](int64_t i, Eight of_group) {
+    Base::sweep(right_columns, sums, [&](int64_t i, const Eight& of_group) {
       alignas(64) Real products[8], x[8];
       put_eight<Real>(products, of_group);
 #pragma omp simd
@@ -274,7 +274,7 @@ struct Gradient : Transport<Real> {
     to_cost.add(1);
     columns_in(to_cost.right(1));
     Real* left = to_cost.left(1);
-    Base::sweep(to_cost.right(1), sums, [&](int64_t i, Eight of_group) {
+    Base::sweep(to_cost.right(1), sums, [&](int64_t i, const Eight& of_group) {
       alignas(64) Real products[8], x[8];
       put_eight<Real>(products, of_group);
       for (int r = 0; r < 8; ++r) {
@@ -289,7 +289,7 @@ struct Gradient : Transport<Real> {
     to_cost.add(1);
     Real* left_rows = to_cost.left(1);
     std::fill(y, y + stride, Real(0));
-    Base::sweep(y, sums, [&](int64_t i, Eight) {
+    Base::sweep(y, sums, [&](int64_t i, const Eight&) {
       alignas(64) Real x[8];
       for (int r = 0; r < 8; ++r) {
         x[r] = left_rows[i + r] = static_cast<Real>(f_bar[i + r]);
@@ -367,7 +367,7 @@ struct Gradient : Transport<Real> {
   // residual = operator(h), through sums of K (b / s h).
   void apply(const double* h, double relaxations, double* result) {
     for (int64_t j = 0; j < m; ++j) y[j] = static_cast<Real>(static_cast<double>(b[j]) / s[j] * h[j]);
-    Base::sweep(y, sums, [&](int64_t i, Eight of_group) {
+    Base::sweep(y, sums, [&](int64_t i, const Eight& of_group) {
       alignas(64) Real products[8], x[8];
       put_eight<Real>(products, of_group);
       for (int k = 0; k < 8; ++k)
@@ -387,7 +387,7 @@ struct Gradient : Transport<Real> {
     std::fill(y, y + stride, Real(0));
     // The right-hand side.
     for (int64_t j = 0; j < m; ++j) y[j] = static_cast<Real>(g_bar[j] / s[j]);
-    Base::sweep(y, sums, [&](int64_t i, Eight of_group) {
+    Base::sweep(y, sums, [&](int64_t i, const Eight& of_group) {
       alignas(64) Real products[8], x[8];
       put_eight<Real>(products, of_group);
       for (int k = 0; k < 8; ++k) {
@@ -434,7 +434,7 @@ struct Gradient : Transport<Real> {
       right_columns[j] = static_cast<Real>((g_bar[j] + static_cast<double>(b[j]) * solution[j]) / s[j]);
       right_rows[j] = static_cast<Real>(row_relaxation) * b[j];
     }
-    Base::sweep(right_columns, sums, [&](int64_t i, Eight of_group) {
+    Base::sweep(right_columns, sums, [&](int64_t i, const Eight& of_group) {
       alignas(64) Real products[8], x[8];
       put_eight<Real>(products, of_group);
       for (int k = 0; k < 8; ++k) {

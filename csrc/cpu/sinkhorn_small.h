@@ -1,5 +1,5 @@
 // Small transport problems side by side, one per lane: sums over rows and columns need no shuffling then. Only what most
-// problems need: balanced, one epsilon, potentials that stay near their first base. A problem that needs more is left
+// problems need: balanced, one epsilon, a start from zero, potentials that stay near their first base. A problem that needs more is left
 // for the general code, from the start.
 #pragma once
 
@@ -19,12 +19,12 @@ class SmallProblems {
 
   static bool suits(const SinkhornProblem& problem, int64_t n, int64_t m) {
     return n > 0 && m > 0 && n <= small_size && m <= small_size && std::isinf(problem.row_reach) &&
-           std::isinf(problem.column_reach) && problem.epsilon_start <= problem.epsilon;
+           std::isinf(problem.column_reach) && problem.epsilon_start <= problem.epsilon && !problem.start;
   }
 
   static int64_t bytes() {
     constexpr int64_t pairs = small_size * small_size;
-    return 2 * Arena::size<Full>(pairs) + 14 * Arena::size<Full>(small_size);
+    return 2 * Arena::size<Full>(pairs) + 12 * Arena::size<Full>(small_size);
   }
 
   // The problems `indices`; sets the status of those that are done to 0.
@@ -38,8 +38,7 @@ class SmallProblems {
     cost_ = arena.take<Full>(n_ * m_);
     kernel_ = arena.take<Full>(n_ * m_);
     for (Full** rows : {&a_, &empty_rows_, &f0_, &u_, &new_u_, &row_sums_}) *rows = arena.take<Full>(n_);
-    for (Full** columns : {&b_, &empty_columns_, &g0_, &v_, &y_, &column_sums_, &start_})
-      *columns = arena.take<Full>(m_);
+    for (Full** columns : {&b_, &empty_columns_, &g0_, &v_, &y_, &column_sums_}) *columns = arena.take<Full>(m_);
   }
 
   void run() {
@@ -65,7 +64,6 @@ class SmallProblems {
     std::fill_n(reinterpret_cast<Real*>(cost_), n_ * m_ * width, infinity);
     std::fill_n(reinterpret_cast<Real*>(a_), n_ * width, nothing);
     std::fill_n(reinterpret_cast<Real*>(b_), m_ * width, nothing);
-    std::fill_n(reinterpret_cast<Real*>(start_), m_ * width, nothing);
     for (int64_t lane = 0; lane < count_; ++lane) {
       const int64_t index = indices_[lane], n = rows_of(lane), m = columns_of(lane);
       const Real* costs = static_cast<const Real*>(problem_.cost) + index * problem_.rows * problem_.columns;
@@ -80,26 +78,21 @@ class SmallProblems {
       const Real* b = static_cast<const Real*>(problem_.b) + index * problem_.columns;
       for (int64_t i = 0; i < n; ++i) at(a_, i, lane) = a[i] < std::numeric_limits<Real>::min() ? Real(0) : a[i];
       for (int64_t j = 0; j < m; ++j) at(b_, j, lane) = b[j] < std::numeric_limits<Real>::min() ? Real(0) : b[j];
-      if (problem_.start)
-        for (int64_t j = 0; j < m; ++j)
-          at(start_, j, lane) = static_cast<Real>(problem_.start[index * problem_.columns + j]);
       left_[lane] = invalid != Real(0);
     }
     for (int64_t lane = count_; lane < width; ++lane) left_[lane] = true;
   }
 
-  // As Iterations::rebase does: f0 and g0 are the transforms of the start, one of the other.
+  // As Iterations::rebase does: f0 is the transform of g = 0, g0 that of f0.
   void make_base() {
     const double scale = Transport<Real>::log2_e / problem_.epsilon;
+    const Full none = Full{} + infinity;
     for (int64_t i = 0; i < n_; ++i) {
-      Real lowest[width];
-      std::fill(lowest, lowest + width, infinity);
-      for (int64_t j = 0; j < m_; ++j)
-#pragma omp simd
-        for (int64_t lane = 0; lane < width; ++lane) {
-          const Real x = at(b_, j, lane) > Real(0) ? at(cost_, i * m_ + j, lane) - at(start_, j, lane) : infinity;
-          lowest[lane] = x < lowest[lane] ? x : lowest[lane];
-        }
+      Full lowest = none;
+      for (int64_t j = 0; j < m_; ++j) {
+        const Full x = b_[j] > Real(0) ? cost_[i * m_ + j] : none;
+        lowest = x < lowest ? x : lowest;
+      }
       for (int64_t lane = 0; lane < width; ++lane) {
         const bool empty = !(lowest[lane] < infinity);
         at(empty_rows_, i, lane) = empty ? Real(1) : Real(0);
@@ -108,21 +101,21 @@ class SmallProblems {
       }
     }
     for (int64_t j = 0; j < m_; ++j) {
-      Real lowest[width];
-      std::fill(lowest, lowest + width, infinity);
-      for (int64_t i = 0; i < n_; ++i)
-#pragma omp simd
-        for (int64_t lane = 0; lane < width; ++lane) {
-          const Real x = at(a_, i, lane) > Real(0) ? at(cost_, i * m_ + j, lane) - at(f0_, i, lane) : infinity;
-          lowest[lane] = x < lowest[lane] ? x : lowest[lane];
-        }
+      Full lowest = none;
+      for (int64_t i = 0; i < n_; ++i) {
+        const Full x = a_[i] > Real(0) ? cost_[i * m_ + j] - f0_[i] : none;
+        lowest = x < lowest ? x : lowest;
+      }
       for (int64_t lane = 0; lane < width; ++lane) {
         const bool empty = !(lowest[lane] < infinity);
         at(empty_columns_, j, lane) = empty ? Real(1) : Real(0);
         at(g0_, j, lane) = empty ? Real(0) : lowest[lane];
         left_[lane] = left_[lane] || (empty && at(b_, j, lane) > Real(0));
-        const double start = problem_.start ? (static_cast<double>(at(start_, j, lane)) - lowest[lane]) : -lowest[lane];
-        at(v_, j, lane) = empty ? Real(1) : static_cast<Real>(std::exp(std::min(0.0, start / problem_.epsilon)));
+      }
+#pragma omp simd
+      for (int64_t lane = 0; lane < width; ++lane) {
+        const double x = -static_cast<double>(at(g0_, j, lane)) * scale;
+        at(v_, j, lane) = math::exp2(static_cast<Real>(x < 0 ? x : 0));
       }
       y_[j] = b_[j] * v_[j];
     }
@@ -133,8 +126,8 @@ class SmallProblems {
         for (int64_t lane = 0; lane < width; ++lane) {
           const double base = static_cast<double>(at(f0_, i, lane)) + static_cast<double>(at(g0_, j, lane));
           const double x = (base - static_cast<double>(at(cost_, i * m_ + j, lane))) * scale;
-          const Real density =
-              math::exp2(static_cast<Real>(x < Transport<Real>::highest_exponent ? x : Transport<Real>::highest_exponent));
+          const Real density = math::exp2(
+              static_cast<Real>(x < Transport<Real>::highest_exponent ? x : Transport<Real>::highest_exponent));
           const Real empty = at(empty_rows_, i, lane) + at(empty_columns_, j, lane);
           at(kernel_, i * m_ + j, lane) = empty > Real(0) ? Real(0) : density;
         }
@@ -142,7 +135,8 @@ class SmallProblems {
   }
 
   // Sums over j of kernel[i * by_i + j * by_j] * x[j] for four i in a row.
-  static KD_INLINE void four_sums(const Full* kernel, int64_t by_i, int64_t by_j, const Full* x, int64_t n, Full* sums) {
+  static KD_INLINE void four_sums(const Full* kernel, int64_t by_i, int64_t by_j, const Full* x, int64_t n,
+                                  Full* sums) {
     Full even[4] = {}, odd[4] = {};
     for (int64_t j = 0; j < n; j += 2)
       for (int k = 0; k < 4; ++k) {
@@ -193,8 +187,8 @@ class SmallProblems {
   double error(int64_t lane) const {
     double error = 0;
     for (int64_t i = 0; i < n_; ++i)
-      error += static_cast<double>(at(a_, i, lane) * std::abs(at(u_, i, lane) * at(row_sums_, i, lane) -
-                                                              (Real(1) - at(empty_rows_, i, lane))));
+      error += static_cast<double>(
+          at(a_, i, lane) * std::abs(at(u_, i, lane) * at(row_sums_, i, lane) - (Real(1) - at(empty_rows_, i, lane))));
     return error;
   }
 
@@ -215,8 +209,8 @@ class SmallProblems {
         double potentials[width];
 #pragma omp simd
         for (int64_t lane = 0; lane < width; ++lane)
-          potentials[lane] = static_cast<double>(at(base, i, lane)) +
-                             epsilon * static_cast<double>(math::log(at(scaling, i, lane)));
+          potentials[lane] =
+              static_cast<double>(at(base, i, lane)) + epsilon * static_cast<double>(math::log(at(scaling, i, lane)));
         for (int64_t lane = 0; lane < count_; ++lane)
           if (i < (rows ? rows_of(lane) : columns_of(lane)))
             history[(indices_[lane] * problem_.max_iterations + iteration) * size + i] = potentials[lane];
@@ -247,15 +241,13 @@ class SmallProblems {
         distance += au * static_cast<double>(spent);
         mass += au * static_cast<double>(at(row_sums_, i, lane));
         if (at(empty_rows_, i, lane) == Real(0))
-          f[i] = static_cast<double>(at(f0_, i, lane)) +
-                 epsilon * math::log(static_cast<double>(at(u_, i, lane)));
+          f[i] = static_cast<double>(at(f0_, i, lane)) + epsilon * math::log(static_cast<double>(at(u_, i, lane)));
         value += a * f[i];
         sum_a += a;
       }
       for (int64_t j = 0; j < m; ++j) {
         if (at(empty_columns_, j, lane) == Real(0))
-          g[j] = static_cast<double>(at(g0_, j, lane)) +
-                 epsilon * math::log(static_cast<double>(at(v_, j, lane)));
+          g[j] = static_cast<double>(at(g0_, j, lane)) + epsilon * math::log(static_cast<double>(at(v_, j, lane)));
         value += static_cast<double>(at(b_, j, lane)) * g[j];
         sum_b += static_cast<double>(at(b_, j, lane));
       }
@@ -273,7 +265,7 @@ class SmallProblems {
   int64_t count_, n_ = 0, m_ = 0;
   Full *cost_, *kernel_;  // [n, m]
   Full *a_, *empty_rows_, *f0_, *u_, *new_u_, *row_sums_;
-  Full *b_, *empty_columns_, *g0_, *v_, *y_, *column_sums_, *start_;
+  Full *b_, *empty_columns_, *g0_, *v_, *y_, *column_sums_;
   alignas(64) Real running_[width], lowest_[width], highest_[width];  // running: 1 while a problem goes on
   int64_t iterations_[width];
   bool left_[width];  // for the general code
