@@ -103,5 +103,5 @@ def transport_cases() -> tuple[TransportCase, ...]:
         TransportCase("rows and columns without mass", 6, 7, empty=True),
         TransportCase("relaxed marginals", 9, 6, options={"unbalanced": (0.5, None)}),
         TransportCase("annealed", 9, 6, options={"epsilon_start": 1.0}),
-        TransportCase("small epsilon", 9, 8, epsilon=0.02),
+        TransportCase("smaller epsilon", 9, 8, epsilon=0.04),
     )
