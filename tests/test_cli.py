@@ -104,6 +104,7 @@ def test_check_passes() -> None:
         "pairwise_l1",
         "pairwise_l1 of heads",
         "sorted_l1",
+        "sinkhorn",
     ]
     assert all(0 < line["error"] < 1e-5 for line in report["results"])
 
@@ -154,6 +155,8 @@ def scale_gradients(*gradients: torch.Tensor | None) -> None:
         ("pairwise_l1_backward", lambda _, given: scale_gradients(*given[-2:]), "pairwise_l1 of heads", "gradient to"),
         ("sorted_l1", lambda values, _: scale_first(values), "sorted_l1", "value per token"),
         ("sorted_l1", lambda _, given: scale_gradients(*given[-2:]), "sorted_l1", "gradient to"),
+        ("sinkhorn_forward", lambda values, _: values[2].mul_(1.01), "sinkhorn", ""),
+        ("sinkhorn_backward", lambda _, given: scale_gradients(*given[-3:]), "sinkhorn", "gradient to "),
     ],
     ids=[
         "forward",
@@ -169,6 +172,8 @@ def scale_gradients(*gradients: torch.Tensor | None) -> None:
         "pairs of heads",
         "sorted_l1",
         "sorted_l1 gradients",
+        "sinkhorn",
+        "sinkhorn backward",
     ],
 )
 def test_check_finds_a_kernel_that_is_a_percent_off(

@@ -29,6 +29,8 @@ OPERATORS = {
     "sample",
     "sorted_l1",
     "sorted_l1_backward",
+    "sinkhorn",
+    "sinkhorn_backward",
     "sparse_divergence",
     "sparse_divergence_backward",
     "sparse_divergence_total",
@@ -194,6 +196,8 @@ def test_every_operator_is_reached_by_the_public_functions() -> None:
     calls += recorded(lambda: (kd.topk_logits(torch.zeros(2, 5), 2), kd.sample_logits(torch.zeros(2, 5), 2)))
     rows = torch.zeros(2, 5, requires_grad=True)
     calls += recorded(lambda: kd.pairwise_l1(rows, rows).sum().backward())
+    cost = torch.zeros(1, 2, 2, requires_grad=True)
+    calls += recorded(lambda: kd.sinkhorn(cost, epsilon=1.0).distance.sum().backward())
     assert {operator._opname for operator, _ in calls} == OPERATORS
     assert {name.partition("::")[2] for name in registered_operators()} == OPERATORS
 

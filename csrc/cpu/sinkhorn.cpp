@@ -1,5 +1,7 @@
 // Sinkhorn's iterations on the CPU.
-#include "cpu/sinkhorn.h"
+#include <vector>
+
+#include "cpu/sinkhorn_small.h"
 
 namespace kd::KD_ISA {
 namespace {
@@ -7,6 +9,7 @@ namespace {
 template <class Real>
 struct Iterations : Transport<Real> {
   using Base = Transport<Real>;
+  using Eight = typename Base::Eight;
   using Base::a, Base::b, Base::n, Base::m, Base::rows, Base::stride, Base::f, Base::g, Base::f0, Base::g0;
   using Base::empty_columns, Base::empty_rows;
 
@@ -59,9 +62,12 @@ struct Iterations : Transport<Real> {
     Base::transform_columns(f0, new_v);
     Base::build(epsilon, buffer);
     std::fill(u, u + rows, Real(1));
-    for (int64_t j = 0; j < stride; ++j)
-      v[j] =
-          empty_columns[j] != Real(0) ? Real(1) : static_cast<Real>(std::exp(std::min(0.0, (g[j] - g0[j]) / epsilon)));
+    const double scale = Base::log2_e / epsilon;
+#pragma omp simd
+    for (int64_t j = 0; j < stride; ++j) {
+      const double x = (g[j] - g0[j]) * scale;
+      v[j] = empty_columns[j] != Real(0) ? Real(1) : static_cast<Real>(math::exp2(x < 0 ? x : 0));
+    }
     set_base_dependents();
     return true;
   }
@@ -76,8 +82,10 @@ struct Iterations : Transport<Real> {
 
   // f and g from their base and scalings.
   void make_potentials() {
+#pragma omp simd
     for (int64_t i = 0; i < n; ++i)
       f[i] = empty_rows[i] != Real(0) ? 0.0 : f0[i] + epsilon * math::log(static_cast<double>(u[i]));
+#pragma omp simd
     for (int64_t j = 0; j < m; ++j)
       g[j] = empty_columns[j] != Real(0) ? 0.0 : g0[j] + epsilon * math::log(static_cast<double>(v[j]));
   }
@@ -100,22 +108,19 @@ struct Iterations : Transport<Real> {
   // One iteration of the scalings into new_u and new_v.
   void iterate() {
     if (std::isinf(problem.row_reach)) {
-      Base::sweep(y, column_sums, [&](int64_t i, const Real* sums, Real* x) {
-        for (int r = 0; r < 8; ++r) {
-          row_sums[i + r] = sums[r];
-          new_u[i + r] = Real(1) / (sums[r] + empty_rows[i + r]);
-          x[r] = a[i + r] * new_u[i + r];
-        }
+      Base::sweep(y, column_sums, [&](int64_t i, const Eight& sums) {
+        put_eight<Real>(row_sums + i, sums);
+        const Eight scaling = Real(1) / (sums + eight_at<Real>(empty_rows + i));
+        put_eight<Real>(new_u + i, scaling);
+        return eight_at<Real>(a + i) * scaling;
       });
     } else {
       const Real relaxation = static_cast<Real>(row_relaxation);
-      Base::sweep(y, column_sums, [&](int64_t i, const Real* sums, Real* x) {
+      Base::sweep(y, column_sums, [&](int64_t i, const Eight& sums) {
+        put_eight<Real>(row_sums + i, sums);
 #pragma omp simd
-        for (int r = 0; r < 8; ++r) {
-          row_sums[i + r] = sums[r];
-          new_u[i + r] = relaxed(row_offsets[i + r], relaxation, sums[r] + empty_rows[i + r]);
-          x[r] = a[i + r] * new_u[i + r];
-        }
+        for (int64_t r = i; r < i + 8; ++r) new_u[r] = relaxed(row_offsets[r], relaxation, row_sums[r] + empty_rows[r]);
+        return eight_at<Real>(a + i) * eight_at<Real>(new_u + i);
       });
     }
     if (std::isinf(problem.column_reach)) {
@@ -153,8 +158,9 @@ struct Iterations : Transport<Real> {
     std::copy(g, g + stride, g0);
     Base::build(epsilon, buffer);
     std::copy(b, b + stride, y);
-    Base::sweep(y, column_sums, [&](int64_t i, const Real* sums, Real* x) {
-      for (int r = 0; r < 8; ++r) row_sums[i + r] = sums[r], x[r] = 0;
+    Base::sweep(y, column_sums, [&](int64_t i, const Eight& sums) {
+      put_eight<Real>(row_sums + i, sums);
+      return Eight{};
     });
     for (int64_t i = 0; i < n; ++i)
       buffer[i] = empty_rows[i] != Real(0)
@@ -176,9 +182,7 @@ struct Iterations : Transport<Real> {
     Base::transform_columns(f, new_v);
     std::copy(f, f + rows, f0);
     Base::build(epsilon, buffer);
-    Base::sweep(y, column_sums, [&](int64_t i, const Real*, Real* x) {
-      for (int r = 0; r < 8; ++r) x[r] = a[i + r];
-    });
+    Base::sweep(y, column_sums, [&](int64_t i, const Eight&) { return eight_at<Real>(a + i); });
     for (int64_t j = 0; j < m; ++j)
       g[j] = empty_columns[j] != Real(0)
                  ? 0.0
@@ -207,13 +211,14 @@ struct Iterations : Transport<Real> {
       }
       const bool test = problem.tolerance > 0 && !fresh && epsilon == problem.epsilon;
       iterate();
-      if (within(new_u, rows, trusted) && within(new_v, stride, trusted)) {
+      const Range<Real> of_rows(new_u, rows), of_columns(new_v, stride);
+      if (of_rows.within(trusted) && of_columns.within(trusted)) {
         if (test && scaled_error() <= problem.tolerance) break;
         std::swap(u, new_u);
         std::swap(v, new_v);
 #pragma omp simd
         for (int64_t j = 0; j < stride; ++j) y[j] = b[j] * v[j];
-        if (!within(u, rows, comfortable) || !within(v, stride, comfortable)) {
+        if (!of_rows.within(comfortable) || !of_columns.within(comfortable)) {
           make_potentials();
           absorb();
         }
@@ -298,11 +303,42 @@ bool run_problem(const SinkhornProblem& problem, int64_t index, int threads) {
   return true;
 }
 
+constexpr int32_t pending = -1;
+
+// Whether there was memory.
+template <class Real>
+bool run_small(const SinkhornProblem& problem) {
+  constexpr int64_t width = lanes<Real>;
+  std::vector<int64_t> small;
+  for (int64_t index = 0; index < problem.batch; ++index) {
+    const int64_t n = problem.row_lengths ? problem.row_lengths[index] : problem.rows;
+    const int64_t m = problem.column_lengths ? problem.column_lengths[index] : problem.columns;
+    if (SmallProblems<Real>::suits(problem, n, m)) small.push_back(index);
+  }
+  const int64_t count = static_cast<int64_t>(small.size());
+  bool done = true;
+#pragma omp parallel for num_threads(problem.threads) if (problem.threads > 1) schedule(dynamic) reduction(&& : done)
+  for (int64_t first = 0; first < count; first += width) {
+    Arena arena(SmallProblems<Real>::bytes());
+    done = arena && done;
+    if (arena) SmallProblems<Real>(problem, small.data() + first, std::min(width, count - first), arena).run();
+  }
+  return done;
+}
+
+template <class Real>
+bool run(const SinkhornProblem& problem) {
+  std::fill_n(problem.status, problem.batch, pending);
+  if (!run_small<Real>(problem)) return false;
+  return each_problem(problem, [](const SinkhornProblem& problem, int64_t index, int threads) {
+    return problem.status[index] != pending || run_problem<Real>(problem, index, threads);
+  });
+}
+
 }  // namespace
 
 bool sinkhorn(const SinkhornProblem& problem) {
-  return problem.compute_double ? each_problem(problem, run_problem<double>)
-                                : each_problem(problem, run_problem<float>);
+  return problem.compute_double ? run<double>(problem) : run<float>(problem);
 }
 
 }  // namespace kd::KD_ISA

@@ -13,6 +13,9 @@
 #include "cpu/problem.h"
 #include "math/elementary.h"
 
+// Vectors wider than the instruction set's are passed between functions of one translation unit only.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 namespace kd::KD_ISA {
 namespace {
 
@@ -25,7 +28,7 @@ template <>
 struct Vectors<float> {
   typedef float Full __attribute__((vector_size(64)));
   typedef float Eight __attribute__((vector_size(32)));
-  static KD_INLINE Eight fold(Full x) {
+  static KD_INLINE Eight fold(const Full& x) {
     return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
            __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
   }
@@ -34,8 +37,18 @@ template <>
 struct Vectors<double> {
   typedef double Full __attribute__((vector_size(64)));
   typedef Full Eight;
-  static KD_INLINE Eight fold(Full x) { return x; }
+  static KD_INLINE Eight fold(const Full& x) { return x; }
 };
+
+template <class Real>
+KD_INLINE typename Vectors<Real>::Eight eight_at(const Real* x) {
+  return *reinterpret_cast<const typename Vectors<Real>::Eight*>(x);
+}
+
+template <class Real>
+KD_INLINE void put_eight(Real* into, const typename Vectors<Real>::Eight& x) {
+  *reinterpret_cast<typename Vectors<Real>::Eight*>(into) = x;
+}
 
 template <class Real>
 constexpr int64_t lanes = 64 / static_cast<int64_t>(sizeof(Real));
@@ -115,6 +128,7 @@ void each_chunk(int64_t chunks, int threads, const Body& body) {
 template <class Real>
 struct Transport {
   using Full = typename Vectors<Real>::Full;
+  using Eight = typename Vectors<Real>::Eight;
   static constexpr bool single = sizeof(Real) == 4;
   static constexpr double log2_e = 1.4426950408889634074;
   // Entries beyond this belong to a row and a column without mass.
@@ -188,17 +202,30 @@ struct Transport {
       int wrong_here = 0;
       for (int64_t i = chunk * chunk_rows; i < std::min(n, chunk_end(chunk)); ++i) {
         const Real* costs = cost + i * cost_stride;
+        // By hand: compilers do not vectorise minima where numbers may be NaN.
+        Full lowest_of = Full{} + infinity, invalid_of = {};
+        int64_t j = 0;
+        for (; j + lanes<Real> <= m; j += lanes<Real>) {
+          Full c;
+          std::memcpy(&c, costs + j, sizeof(c));
+          const Full x = c - *reinterpret_cast<const Full*>(buffer + j);
+          lowest_of = x < lowest_of ? x : lowest_of;
+          invalid_of = c > -infinity ? invalid_of : Full{} + Real(1);
+        }
         Real lowest = infinity;
-        int invalid = 0;
-#pragma omp simd reduction(min : lowest) reduction(| : invalid)
-        for (int64_t j = 0; j < m; ++j) {
+        bool invalid = false;
+        for (int64_t lane = 0; lane < lanes<Real>; ++lane) {
+          lowest = lowest_of[lane] < lowest ? lowest_of[lane] : lowest;
+          invalid = invalid || invalid_of[lane] != Real(0);
+        }
+        for (; j < m; ++j) {
           const Real x = costs[j] - buffer[j];
           lowest = x < lowest ? x : lowest;
-          invalid |= costs[j] > -infinity ? 0 : 1;
+          invalid = invalid || !(costs[j] > -infinity);
         }
         empty_rows[i] = lowest < infinity ? Real(0) : Real(1);
         f0[i] = lowest < infinity ? static_cast<double>(lowest) : 0.0;
-        wrong_here |= invalid;
+        wrong_here |= invalid ? 1 : 0;
       }
       if (wrong_here) {
 #pragma omp atomic write
@@ -259,30 +286,28 @@ struct Transport {
     });
   }
 
-  // For every group of rows, row(first row, its sums K y [8], x [8]) says what x is; sums = K' x.
+  // For every group of rows, row(first row, its sums K y) returns x of these rows; sums = K' x. What is done with the sums
+  // of a group takes its time, so the loop over the columns is two groups behind with x.
   template <class Row>
   void sweep(const Real* y, Real* sums, const Row& row) {
     each_chunk(chunks, threads, [&](int64_t chunk) {
       Real* into = chunks > 1 ? partial + chunk * stride : sums;
       std::fill(into, into + stride, Real(0));
-      for (int64_t i = chunk * chunk_rows; i < chunk_end(chunk); i += row_group) {
+      const int64_t first = chunk * chunk_rows, end = chunk_end(chunk);
+      Eight dots = {}, x = {};
+      for (int64_t i = first; i < end + 2 * row_group; i += row_group) {
+        Eight next_x = {};
+        if (i > first && i - row_group < end) next_x = row(i - row_group, dots);
         const Real* K = kernel + i * stride;
-        Full products[8] = {};
-        for (int64_t j = 0; j < stride; j += lanes<Real>) {
-          const Full yj = *reinterpret_cast<const Full*>(y + j);
-          for (int r = 0; r < 8; ++r) products[r] += *reinterpret_cast<const Full*>(K + r * stride + j) * yj;
+        const Real* done = K - 2 * row_group * stride;
+        if (i >= end) {
+          if (i - 2 * row_group >= first) pass<false, true>(K, y, done, x, into);
+        } else if (i - 2 * row_group < first) {
+          dots = pass<true, false>(K, y, done, x, into);
+        } else {
+          dots = pass<true, true>(K, y, done, x, into);
         }
-        alignas(64) Real dots[8], x[8];
-        *reinterpret_cast<typename Vectors<Real>::Eight*>(dots) = sums_of<Real>(products);
-        row(i, dots, x);
-        for (int64_t j = 0; j < stride; j += lanes<Real>) {
-          Full even = *reinterpret_cast<Full*>(into + j), odd = {};
-          for (int r = 0; r < 8; r += 2) {
-            even += *reinterpret_cast<const Full*>(K + r * stride + j) * x[r];
-            odd += *reinterpret_cast<const Full*>(K + (r + 1) * stride + j) * x[r + 1];
-          }
-          *reinterpret_cast<Full*>(into + j) = even + odd;
-        }
+        x = next_x;
       }
     });
     if (chunks > 1) {
@@ -291,19 +316,53 @@ struct Transport {
         for (int64_t j = 0; j < stride; ++j) sums[j] += partial[chunk * stride + j];
     }
   }
+
+ private:
+  // The products of eight rows with y, and eight rows of an earlier group, times x, added to `into`.
+  template <bool multiply, bool add>
+  KD_INLINE Eight pass(const Real* K, const Real* y, const Real* done, const Eight& x, Real* into) const {
+    Full products[8] = {};
+    for (int64_t j = 0; j < stride; j += lanes<Real>) {
+      if constexpr (multiply) {
+        const Full yj = *reinterpret_cast<const Full*>(y + j);
+        for (int r = 0; r < 8; ++r) products[r] += *reinterpret_cast<const Full*>(K + r * stride + j) * yj;
+      }
+      if constexpr (add) {
+        Full even = *reinterpret_cast<Full*>(into + j), odd = {};
+        for (int r = 0; r < 8; r += 2) {
+          even += *reinterpret_cast<const Full*>(done + r * stride + j) * x[r];
+          odd += *reinterpret_cast<const Full*>(done + (r + 1) * stride + j) * x[r + 1];
+        }
+        *reinterpret_cast<Full*>(into + j) = even + odd;
+      }
+    }
+    return multiply ? sums_of<Real>(products) : Eight{};
+  }
 };
 
-// Whether every number lies within 2^-range and 2^range.
+// The least and the largest of numbers and 1; their count is a multiple of 8.
 template <class Real>
-bool within(const Real* x, int64_t n, double range) {
-  Real lowest = 1, highest = 1;
-#pragma omp simd reduction(min : lowest) reduction(max : highest)
-  for (int64_t i = 0; i < n; ++i) {
-    lowest = x[i] < lowest ? x[i] : lowest;
-    highest = x[i] > highest ? x[i] : highest;
+struct Range {
+  double lowest, highest;
+
+  Range(const Real* x, int64_t n) {
+    using Eight = typename Vectors<Real>::Eight;
+    Eight low = Eight{} + Real(1), high = low;
+    for (int64_t i = 0; i < n; i += 8) {
+      const Eight eight = eight_at<Real>(x + i);
+      low = eight < low ? eight : low;
+      high = eight > high ? eight : high;
+    }
+    lowest = highest = 1;
+    for (int lane = 0; lane < 8; ++lane) {
+      lowest = std::min(lowest, static_cast<double>(low[lane]));
+      highest = std::max(highest, static_cast<double>(high[lane]));
+    }
   }
-  return static_cast<double>(lowest) >= std::exp2(-range) && static_cast<double>(highest) <= std::exp2(range);
-}
+
+  // Whether every number lies within 2^-range and 2^range.
+  bool within(double range) const { return lowest >= std::exp2(-range) && highest <= std::exp2(range); }
+};
 
 // Runs every problem: a thread each, or with all threads in each if there are fewer problems than threads.
 template <class Problem, class Run>

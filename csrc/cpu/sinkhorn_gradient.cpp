@@ -79,6 +79,7 @@ class CostGradient {
 template <class Real>
 struct Gradient : Transport<Real> {
   using Base = Transport<Real>;
+  using Eight = typename Base::Eight;
   using Base::a, Base::b, Base::n, Base::m, Base::rows, Base::stride, Base::f, Base::g, Base::f0, Base::g0;
   using Base::empty_columns, Base::empty_rows, Base::sum_a, Base::sum_b;
 
@@ -250,13 +251,16 @@ struct Gradient : Transport<Real> {
     Real *left_columns = to_cost.left(2), *left_rows = to_cost.left(1);
     Real *right_columns = to_cost.right(2), *right_rows = to_cost.right(1);
     columns_in(right_columns);
-    Base::sweep(right_columns, sums, [&](int64_t i, const Real* products, Real* x) {
+    Base::sweep(right_columns, sums, [&](int64_t i, const Eight& of_group) {
+      alignas(64) Real products[8], x[8];
+      put_eight<Real>(products, of_group);
 #pragma omp simd
       for (int r = 0; r < 8; ++r) {
         rows_through(i + r, products[r], epsilon, column_relaxation, left_columns);
         x[r] = left_rows[i + r] = static_cast<Real>(f_bar[i + r]) * row_u[i + r];
         f_bar[i + r] = 0;
       }
+      return eight_at<Real>(x);
     });
     columns_out(epsilon, row_relaxation, right_rows);
   }
@@ -270,11 +274,14 @@ struct Gradient : Transport<Real> {
     to_cost.add(1);
     columns_in(to_cost.right(1));
     Real* left = to_cost.left(1);
-    Base::sweep(to_cost.right(1), sums, [&](int64_t i, const Real* products, Real* x) {
+    Base::sweep(to_cost.right(1), sums, [&](int64_t i, const Eight& of_group) {
+      alignas(64) Real products[8], x[8];
+      put_eight<Real>(products, of_group);
       for (int r = 0; r < 8; ++r) {
         rows_through(i + r, products[r], epsilon, column_relaxation, left);
         x[r] = 0;
       }
+      return eight_at<Real>(x);
     });
     to_cost.flush();
     set_base(fs, 1 / row_relaxation, old_gs, 1, epsilon);
@@ -282,11 +289,13 @@ struct Gradient : Transport<Real> {
     to_cost.add(1);
     Real* left_rows = to_cost.left(1);
     std::fill(y, y + stride, Real(0));
-    Base::sweep(y, sums, [&](int64_t i, const Real*, Real* x) {
+    Base::sweep(y, sums, [&](int64_t i, const Eight&) {
+      alignas(64) Real x[8];
       for (int r = 0; r < 8; ++r) {
         x[r] = left_rows[i + r] = static_cast<Real>(f_bar[i + r]);
         f_bar[i + r] = 0;
       }
+      return eight_at<Real>(x);
     });
     columns_out(epsilon, row_relaxation, to_cost.right(1));
     to_cost.flush();
@@ -358,9 +367,12 @@ struct Gradient : Transport<Real> {
   // residual = operator(h), through sums of K (b / s h).
   void apply(const double* h, double relaxations, double* result) {
     for (int64_t j = 0; j < m; ++j) y[j] = static_cast<Real>(static_cast<double>(b[j]) / s[j] * h[j]);
-    Base::sweep(y, sums, [&](int64_t i, const Real* products, Real* x) {
+    Base::sweep(y, sums, [&](int64_t i, const Eight& of_group) {
+      alignas(64) Real products[8], x[8];
+      put_eight<Real>(products, of_group);
       for (int k = 0; k < 8; ++k)
         x[k] = i + k < n ? static_cast<Real>(static_cast<double>(a[i + k]) / r[i + k]) * products[k] : Real(0);
+      return eight_at<Real>(x);
     });
     for (int64_t j = 0; j < m; ++j) result[j] = h[j] - relaxations * static_cast<double>(sums[j]);
   }
@@ -375,11 +387,14 @@ struct Gradient : Transport<Real> {
     std::fill(y, y + stride, Real(0));
     // The right-hand side.
     for (int64_t j = 0; j < m; ++j) y[j] = static_cast<Real>(g_bar[j] / s[j]);
-    Base::sweep(y, sums, [&](int64_t i, const Real* products, Real* x) {
+    Base::sweep(y, sums, [&](int64_t i, const Eight& of_group) {
+      alignas(64) Real products[8], x[8];
+      put_eight<Real>(products, of_group);
       for (int k = 0; k < 8; ++k) {
         const double of_mass = column_relaxation * static_cast<double>(a[i + k] * products[k]);
         x[k] = i + k < n ? static_cast<Real>((f_bar[i + k] - of_mass) / r[i + k]) : Real(0);
       }
+      return eight_at<Real>(x);
     });
     for (int64_t j = 0; j < m; ++j) residual[j] = -row_relaxation * static_cast<double>(sums[j]);
     double shift = 0, along = 0;
@@ -419,7 +434,9 @@ struct Gradient : Transport<Real> {
       right_columns[j] = static_cast<Real>((g_bar[j] + static_cast<double>(b[j]) * solution[j]) / s[j]);
       right_rows[j] = static_cast<Real>(row_relaxation) * b[j];
     }
-    Base::sweep(right_columns, sums, [&](int64_t i, const Real* products, Real* x) {
+    Base::sweep(right_columns, sums, [&](int64_t i, const Eight& of_group) {
+      alignas(64) Real products[8], x[8];
+      put_eight<Real>(products, of_group);
       for (int k = 0; k < 8; ++k) {
         const double of_density = column_relaxation * static_cast<double>(products[k]);
         const double mass = static_cast<double>(a[i + k]);
@@ -428,6 +445,7 @@ struct Gradient : Transport<Real> {
         left_rows[i + k] = x[k];
         left_columns[i + k] = static_cast<Real>(column_relaxation * mass);
       }
+      return eight_at<Real>(x);
     });
     for (int64_t j = 0; j < m; ++j) b_bar[j] -= epsilon * row_relaxation * static_cast<double>(sums[j]);
     to_cost.flush();

@@ -211,6 +211,9 @@ def marginal_of(
 ) -> Tensor:
     """``[B, size]``, zero on the padding."""
     valid = valid_entries(lengths, size)
+    if 0 in cost.shape[1:]:  # nothing to carry, whatever the other side holds
+        valid = torch.zeros(cost.shape[0], size, dtype=torch.bool, device=cost.device)
+        lengths = valid.sum(-1)
     if given is None:
         ones = cost.new_ones(cost.shape[0], size, dtype=dtype) if valid is None else valid.to(dtype)
         if marginals == "unit":

@@ -19,6 +19,7 @@ import kdkernels as kd
 from kdkernels.backends import NAMES, row_backend
 from kdkernels.divergences import Divergence
 from kdkernels.validation.cases import TINY_BUDGET, TOP, Case, Inputs, head_cases, logit_cases
+from kdkernels.validation.transport import TransportCase, transport_cases
 
 __all__ = ["DTYPES", "KERNELS", "Finding", "Plan", "Target", "make_plan", "servers", "validate"]
 
@@ -30,8 +31,9 @@ TOLERANCES = {
 }
 DTYPES = tuple(TOLERANCES)
 
-HEAD_TOLERANCE = 4
-"""Factor on the tolerance for LM heads: the order of their matrix products' sums, and what is rounded between, is free."""
+LENIENCE = {"linear_divergence": 4, "pairwise_l1 of heads": 4, "sinkhorn": 4}
+"""Factors on the tolerance: for LM heads, because the order of their matrix products' sums, and what is rounded between, is
+free; for transport, because rounding goes through many iterations."""
 
 HEAD_OPERATIONS = ("linear_divergence", "pairwise_l1 of heads")
 
@@ -69,11 +71,11 @@ class Target:
     divergence: Divergence | None
     backend: str
     dtype: torch.dtype
-    cases: tuple[Case, ...]
+    cases: tuple[Case, ...] | tuple[TransportCase, ...]
 
     @property
     def tolerance(self) -> float:
-        return TOLERANCES[self.dtype] * (HEAD_TOLERANCE if self.operation in HEAD_OPERATIONS else 1)
+        return TOLERANCES[self.dtype] * LENIENCE.get(self.operation, 1)
 
 
 Plan = list[Target]
@@ -114,12 +116,16 @@ def make_plan(
         for operation, cases in (("pairwise_l1", pairable), ("pairwise_l1 of heads", pairable_heads)):
             plan += [Target(operation, None, name, dtype, cases) for dtype in dtypes]
         plan += [Target("sorted_l1", None, name, dtype, logits) for dtype in dtypes]
+        plan += [Target("sinkhorn", None, name, dtype, transport_cases()) for dtype in dtypes]
     return plan
 
 
 def validate(target: Target, device: str) -> Iterator[Finding]:
     """One finding per case."""
     for case in target.cases:
+        if isinstance(case, TransportCase):
+            yield validate_transport(case, target, device)
+            continue
         if case.teacher_dtype == target.dtype:
             continue
         make = case.heads if target.operation in HEAD_OPERATIONS else case.logits
@@ -139,6 +145,17 @@ def validate(target: Target, device: str) -> Iterator[Finding]:
         else:
             with one_thread():
                 yield worst(case, ours, plain, truth, target.tolerance)
+
+
+def validate_transport(case: TransportCase, target: Target, device: str) -> Finding:
+    with one_thread():
+        truth = case.answers(kd.reference, target.dtype, device, {}, double=True)
+        plain = case.answers(kd.reference, target.dtype, device, {})
+    try:
+        ours = case.answers(kd, target.dtype, device, {"backend": target.backend})
+    except Exception as error:  # noqa: BLE001 - whatever a kernel does wrong is a finding
+        return Finding(case.name, "", torch.inf, 0.0, False, f"{type(error).__name__}: {error}")
+    return worst(case, ours, plain, truth, target.tolerance)
 
 
 @contextlib.contextmanager
@@ -251,7 +268,7 @@ def error_of(answer: Tensor, truth: Tensor, term_size: float) -> float:
     return float((difference.norm(dim=-1) / size.clamp(min=least if least > SMALL_ROW**6 else 1.0)).max())
 
 
-def worst(case: Case, ours: Answers, plain: Answers, truth: Answers, tolerance: float) -> Finding:
+def worst(case: Case | TransportCase, ours: Answers, plain: Answers, truth: Answers, tolerance: float) -> Finding:
     """The answer that comes closest to failing, or fails most."""
     findings = []
     for name, expected in truth.items():
