@@ -47,7 +47,7 @@ def sinkhorn(
     return {name: each.detach() for name, each in found.items()} | gradients | {"iterations": result.iterations}
 
 
-def complaint(function: str, *arguments: Any, **options: Any) -> str:
+def complaint(function: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> str:
     """What a public function says of arguments that it refuses."""
     try:
         getattr(kd, function)(*arguments, **options)
