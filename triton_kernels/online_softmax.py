@@ -172,7 +172,7 @@ def round_to(values, DTYPE: tl.constexpr):
     if INTERPRETED and DTYPE == tl.bfloat16:
         values = values.to(tl.float32)
         bits = values.to(tl.uint32, bitcast=True)
-        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         values = tl.where(values == values, bits.to(tl.float32, bitcast=True), values)
     return values.to(DTYPE)
 

@@ -40,6 +40,7 @@ BLOCKED_COLUMN = tl.constexpr(4)
 
 # Largest exponent of a weight divided by its mass, base 2: where both masses are 0 nothing else bounds it.
 SATURATION = tl.constexpr(99.5)
+NO_CURVATURE = tl.constexpr(1e-7)  # of a direction in the null space, up to rounding
 NOTHING = tl.constexpr(float("-inf"))  # the logarithm of 0
 
 
@@ -201,7 +202,7 @@ def blocked(sums, log_masses):
 @triton.jit
 def fault_of(flags):
     """The number that `kdkernels.backends.transport.FAULTS` gives to the first of the faults; 0: none."""
-    return tl.where(flags & BAD_COST, 1, tl.where(flags & BLOCKED_ROW, 2, tl.where(flags & BLOCKED_COLUMN, 3, 0)))
+    return tl.where((flags & BAD_COST) != 0, 1, tl.where((flags & BLOCKED_ROW) != 0, 2, tl.where(flags != 0, 3, 0)))
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "max_iterations"])
@@ -677,7 +678,9 @@ def streamed_adjoint_half(
         sums *= damping
         before = load_vector(gradient, outer, outer_length)
         tl.store(gradient + outer, before - epsilon * sums, mask=outer < outer_length)
-        made = load_vector(given, outer, given_length) - tl.exp2(load_log_masses(log_masses, outer, outer_length)) * sums
+        made = (
+            load_vector(given, outer, given_length) - tl.exp2(load_log_masses(log_masses, outer, outer_length)) * sums
+        )
         tl.store(target + outer, made, mask=outer < outer_length)
     tl.debug_barrier()
 
@@ -927,7 +930,8 @@ def sinkhorn_implicit_kernel(
         factor = 1.0 / tl.maximum(sum_all(root * root), 1.0e-30)
     symmetric = tl.exp2(0.5 * (along_rows(log_a + f + made_f) + along_columns(made_g + log_b + g)) - tile)  # S
     damping = row_damping * column_damping
-    residual = without_null_space(residual, root, factor)
+    # Twice: what rounding leaves of a large part in the null space would in the end be all that is left.
+    residual = without_null_space(without_null_space(residual, root, factor), root, factor)
     direction = residual
     solution = tl.zeros(j.shape, COMPUTE)
     square = sum_all(residual * residual)
@@ -937,12 +941,12 @@ def sinkhorn_implicit_kernel(
     while (step < limit) & (square > enough):
         inner = reduced_sum(symmetric * along_columns(direction), False)
         image = direction - damping * reduced_sum(symmetric * along_rows(inner), True)
-        image = without_null_space(image, root, factor)
         curvature = sum_all(direction * image)
-        length = tl.where(curvature > 0, square / curvature, 0.0)
+        useful = curvature > sum_all(direction * direction) * NO_CURVATURE
+        length = tl.where(useful, square / curvature, 0.0)
         solution += length * direction
-        residual -= length * image
-        new_square = tl.where(curvature > 0, sum_all(residual * residual), 0.0)
+        residual = without_null_space(residual - length * image, root, factor)
+        new_square = tl.where(useful, sum_all(residual * residual), 0.0)
         direction = residual + direction * (new_square / square)
         square = new_square
         step += 1

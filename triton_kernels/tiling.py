@@ -37,16 +37,20 @@ def choose_tiling(vocab_size: int, largest_itemsize: int, aligned: bool, warp_si
     return Tiling(width=width, lanes=threads, unroll=unroll, num_warps=threads // warp_size)
 
 
-ON_CHIP = {4: 128 * 128, 8: 64 * 64}
+ON_CHIP = {4: 128 * 128, 8: 32 * 64}
 """Pairs of a problem that one program can hold in its registers, by the bytes of the compute type."""
 
-MATRIX_ON_CHIP = {4: 64 * 128, 8: 32 * 64}
+MATRIX_ON_CHIP = {4: 64 * 128, 8: 32 * 32}
 """The same where vectors of a solver lie beside them."""
+
+LONGEST_SIDE = 256
+"""Of a problem in registers: of longer vectors each thread would have to hold too much."""
 
 STREAMED_TILE = (32, 64)
 """Rows and columns of a problem that does not fit."""
 
 PAIRS_PER_WARP = 1024
+FEW_PAIRS_PER_WARP = 512  # where there is more in the registers than one matrix
 MOST_WARPS = {32: 8, 64: 16}
 COLUMN_LANES = 8
 
@@ -70,7 +74,9 @@ class CostTiling:
         return self.column_steps * self.column_lanes
 
 
-def choose_cost_tiling(rows: int, columns: int, warp_size: int = 32) -> CostTiling:
+def choose_cost_tiling(
+    rows: int, columns: int, warp_size: int = 32, pairs_per_warp: int = PAIRS_PER_WARP
+) -> CostTiling:
     """The tiling of at least so many rows and columns, in one piece.
 
     Warps are spread over both sides of it, so that no thread holds much of a vector along either.
@@ -78,7 +84,7 @@ def choose_cost_tiling(rows: int, columns: int, warp_size: int = 32) -> CostTili
     lanes = warp_size // COLUMN_LANES
     rows = max(lanes, _power_of_two(rows))
     columns = max(COLUMN_LANES, _power_of_two(columns))
-    num_warps = min(max(1, rows * columns // PAIRS_PER_WARP), MOST_WARPS[warp_size])
+    num_warps = min(max(1, rows * columns // pairs_per_warp), MOST_WARPS[warp_size])
     row_warps = min(1 << num_warps.bit_length() // 2, rows // lanes)
     row_lanes = lanes * row_warps
     return CostTiling(rows // row_lanes, columns // COLUMN_LANES, row_lanes, COLUMN_LANES, num_warps)

@@ -8,23 +8,20 @@ from typing import Any
 
 import aot
 
-INTEGERS = {
-    "rows",
-    "columns",
-    "max_iterations",
-    "max_steps",
+INTEGERS = {"rows", "columns", "max_iterations", "max_steps"}
+INTEGERS |= {
     "vocab_size",
-    "splits",
-    "steps",
     "students",
     "teachers",
     "own_rows",
     "other_rows",
     "split_size",
+    "student_vocab",
+    "teacher_vocab",
 }
 TYPES: dict[str, str] = dict.fromkeys(INTEGERS, "i32")
-TYPES |= dict.fromkeys(("row_lengths", "column_lengths", "order", "student_order", "teacher_order"), "*i64")
-TYPES |= {"iterations": "*i64", "status": "*i32"}
+TYPES |= dict.fromkeys(("row_lengths", "column_lengths", "student_order", "teacher_order"), "*i64")
+TYPES |= {"iterations": "*i64", "status": "*i32", "active": "*i1"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +56,7 @@ def compiled_resources(case: Case) -> dict[str, Any]:
     compute = "fp64" if case.dtype == "fp64" else "fp32"
     constants = {"COMPUTE": tl.float64 if compute == "fp64" else tl.float32, **dict(case.sizes)}
     inputs = {"cost", "cost_gradient", "student", "teacher", "source", "gradient", "own", "other"}
+    inputs |= {"grad_student", "grad_teacher"}
     signature: dict[str, str] = {}
     constexprs: dict[str, Any] = {}
     for parameter in kernel.params:
@@ -75,3 +73,26 @@ def compiled_resources(case: Case) -> dict[str, Any]:
     )
     read = aot._read_cuda if target.backend == "cuda" else aot._read_hip
     return read(compiled.asm)
+
+
+def specialisations(family: str, kernel: str) -> list[str]:
+    """What small and large numbers make Triton compile for sm_90: one text if all share one compiled kernel."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    function = getattr(importlib.import_module(f"kdkernels.triton_kernels.{family}"), f"{kernel}_kernel")
+    backend = make_backend(GPUTarget(*aot.TARGETS["sm_90"]))
+    bind = create_function_from_signature(function.signature, function.params, backend)
+    texts = []
+    for size, stride, number in [(1, 1, 1.0), (16, 16, 0.5), (151_936, 2**33 + 1, 1e-3)]:
+        call: dict[str, Any] = dict.fromkeys(function.arg_names)
+        for parameter in function.params:
+            if parameter.is_constexpr:
+                continue
+            if parameter.name in INTEGERS:
+                call[parameter.name] = size
+            elif parameter.annotation_type:
+                call[parameter.name] = stride if parameter.annotation_type == "i64" else number
+        texts.append(str(bind(**call)[1]))
+    return texts

@@ -16,9 +16,9 @@ __all__ = ["pairwise_l1_backward", "pairwise_l1_forward", "pairwise_normalisers"
 BLOCK = 16
 """Rows of either side whose pairs a program of the forward holds."""
 
-FORWARD_WARPS = 8
+FORWARD_THREADS = 256
 
-OWN_BLOCK, OTHER_BLOCK, COLUMNS, BACKWARD_WARPS = 32, 8, 64, 8
+OWN_BLOCK, OTHER_BLOCK, COLUMNS, BACKWARD_THREADS = 32, 8, 64, 256
 """Of the backward: rows that a program makes the gradient of, rows they meet at a time, entries of the vocabulary."""
 
 PROGRAMS = 1024
@@ -93,7 +93,7 @@ def pairwise_l1_forward(
             STUDENT_BLOCK=BLOCK,
             TEACHER_BLOCK=BLOCK,
             LANES=lanes,
-            num_warps=FORWARD_WARPS,
+            num_warps=FORWARD_THREADS // lanes,
         )
     return distance.sum(0), distance.new_empty(0) if signed_mass is None else signed_mass.sum(0)
 
@@ -163,5 +163,5 @@ def gradient_of(gradient: Tensor, problems: int, own_side: Any, other_side: Any,
             OWN_BLOCK=OWN_BLOCK,
             OTHER_BLOCK=OTHER_BLOCK,
             COLUMNS=COLUMNS,
-            num_warps=BACKWARD_WARPS,
+            num_warps=BACKWARD_THREADS // warp_size(),
         )

@@ -58,12 +58,17 @@ class Batch(NamedTuple):
 
     def on_chip(self, largest: dict[int, int]) -> bool:
         """Whether a program holds a problem in its registers."""
-        tiling = choose_tiling(*self.cost.shape[1:])
-        return bool(tiling.rows * tiling.columns <= largest[self.a.element_size()])
+        tiling = load_kernels().tiling.choose_cost_tiling(*self.cost.shape[1:], warp_size())
+        sides = tiling.rows, tiling.columns
+        fits = math.prod(sides) <= largest[self.a.element_size()]
+        return fits and max(sides) <= load_kernels().tiling.LONGEST_SIDE
 
-    def tile(self, on_chip: bool) -> dict[str, Any]:
-        kernels = load_kernels()
-        tiling = choose_tiling(*(self.cost.shape[1:] if on_chip else kernels.tiling.STREAMED_TILE))
+    def tile(self, on_chip: bool, solving: bool = False) -> dict[str, Any]:
+        """The constants of a kernel that say how a problem is cut up, and its warps."""
+        sizes = load_kernels().tiling
+        rows, columns = self.cost.shape[1:] if on_chip else sizes.STREAMED_TILE
+        pairs = sizes.PAIRS_PER_WARP if on_chip and not solving else sizes.FEW_PAIRS_PER_WARP
+        tiling = sizes.choose_cost_tiling(rows, columns, warp_size(), pairs)
         return {
             "COMPUTE": precision(self.a.dtype == torch.float64)["compute"],
             "ROW_STEPS": tiling.row_steps,
@@ -85,10 +90,6 @@ class Batch(NamedTuple):
             places = torch.arange(masses.shape[1], device=masses.device)
             found.append(1.0 if length is None else (places < length.unsqueeze(-1)).to(masses.dtype))
         return found[0], found[1]
-
-
-def choose_tiling(rows: int, columns: int) -> Any:
-    return load_kernels().tiling.choose_cost_tiling(rows, columns, warp_size())
 
 
 def prepare(cost: Tensor, a: Tensor, b: Tensor, spec: TransportSpec) -> Batch:
@@ -351,7 +352,7 @@ def implicit(problems: Batch, values: TransportValues, grad_f: Tensor, grad_g: T
             grad_b=found.grad_b,
             BALANCED=problems.spec.balanced,
             FAST_LOG=problems.fast_log,
-            **problems.tile(on_chip=True),
+            **problems.tile(on_chip=True, solving=True),
         )
     return found
 
@@ -388,7 +389,7 @@ def solve_streamed(
     def matrix(vector: Tensor) -> Tensor:
         inner, _ = products(problems, row_exponents, column_exponents, vector, columns=False)
         image, _ = products(problems, row_exponents, column_exponents, inner, columns=True)
-        return without_null_space(vector - row_damping * column_damping * image)
+        return vector - row_damping * column_damping * image
 
     root = torch.exp2(0.5 * (problems.log_b + g - made_g))
     null = root / root.norm(dim=-1, keepdim=True).clamp(min=1e-15) if spec.balanced else torch.zeros_like(root)
@@ -397,17 +398,19 @@ def solve_streamed(
         return vector - null * (null * vector).sum(-1, keepdim=True)
 
     given = columns_of(grad_f - problems.a * rows_of(grad_g))
-    residual = without_null_space(-torch.exp2(0.5 * (problems.log_b - g + made_g)) * given)
+    residual = -torch.exp2(0.5 * (problems.log_b - g + made_g)) * given
+    residual = without_null_space(without_null_space(residual))  # twice: see the kernel
     solution, direction = torch.zeros_like(residual), residual
     square = residual.square().sum(-1, keepdim=True)
     enough = square * SOLVER_TOLERANCE[problems.a.dtype] ** 2
+    no_curvature = load_kernels().sinkhorn.NO_CURVATURE.value
     for _ in range(solver_steps(problems)):
         image = matrix(direction)
         curvature = (direction * image).sum(-1, keepdim=True)
-        going = (square > enough) & (curvature > 0)
+        going = (square > enough) & (curvature > no_curvature * direction.square().sum(-1, keepdim=True))
         length = torch.where(going, square / curvature, 0.0)
         solution = solution + length * direction
-        residual = residual - length * image
+        residual = without_null_space(residual - length * image)
         new_square = torch.where(going, residual.square().sum(-1, keepdim=True), 0.0)
         direction = residual + direction * torch.where(going, new_square / square, 0.0)
         square = new_square
