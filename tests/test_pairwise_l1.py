@@ -545,7 +545,9 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changed", "error", "text"), REFUSED, ids=str)
+@pytest.mark.parametrize(
+    ("changed", "error", "text"), REFUSED, ids=[f"{i}-{'-'.join(each[0])}" for i, each in enumerate(REFUSED)]
+)
 def test_refuses(monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], error: type[Exception], text: str) -> None:
     """Before a kernel runs."""
 

@@ -827,7 +827,7 @@ def sinkhorn_cost_gradient_kernel(
         g_history = problem_pointer(g_history, problem, max_iterations.to(tl.int64) * columns)
         f_adjoints = problem_pointer(f_adjoints, problem, max_iterations.to(tl.int64) * rows)
         g_adjoints = problem_pointer(g_adjoints, problem, (max_iterations + 1).to(tl.int64) * columns)
-        for step in range(0, tl.load(iterations + problem).to(tl.int32)):
+        for step in range(tl.load(iterations + problem).to(tl.int32)):
             epsilon_now = tl.load(epsilons + step)
             scale = LOG2_E / epsilon_now
             row_damping = damping_of(row_reach, epsilon_now)

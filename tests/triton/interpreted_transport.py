@@ -8,10 +8,10 @@ from unittest import mock
 
 import interpreted  # noqa: F401 - makes the interpreter fast
 import torch
+from kdkernels.triton_kernels import tiling
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels.triton_kernels import tiling
 
 SMALL_TILE = (8, 8)
 """So that a streamed problem is several of them."""

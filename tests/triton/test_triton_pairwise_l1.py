@@ -14,9 +14,8 @@ import pytest
 import torch
 from aot import ITEMSIZE, TARGETS
 from aot_transport import Case
-from torch import Tensor
-
 from kdkernels.triton_kernels.tiling import choose_tiling
+from torch import Tensor
 
 Worker = Callable[..., Any]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

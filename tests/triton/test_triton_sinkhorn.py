@@ -13,8 +13,6 @@ import pytest
 import torch
 from aot import TARGETS
 from aot_transport import Case
-from torch import Tensor
-
 from kdkernels.triton_kernels.tiling import (
     FEW_PAIRS_PER_WARP,
     MATRIX_ON_CHIP,
@@ -23,6 +21,7 @@ from kdkernels.triton_kernels.tiling import (
     STREAMED_TILE,
     choose_cost_tiling,
 )
+from torch import Tensor
 
 Worker = Callable[..., Any]
 Problem = tuple[Tensor | None, ...]
