@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -766,9 +768,6 @@ def test_instruction_sets(isa: str) -> None:
         "from kdkernels.backends import native\n"
         "print('verified', native.module.isa())\n"
     )
-    import os
-    from pathlib import Path
-
     environment = {**os.environ, "KDKERNELS_CPU_ISA": isa, "PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300, check=False

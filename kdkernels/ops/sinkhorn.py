@@ -40,10 +40,20 @@ def unpack(packed: Sequence[Any]) -> TransportSpec:
     return TransportSpec(epsilon, max_iterations, *others, *tensors)
 
 
+def unpack_for(backend: str, a: Tensor, packed: Sequence[Any]) -> TransportSpec:
+    """The specification as a row backend takes it."""
+    spec = unpack(packed)
+    if spec.start is None:
+        return spec
+    return spec._replace(start=spec.start.to(row_backend(backend).SINKHORN_POTENTIALS or a.dtype))
+
+
 def forward(
     cost: Tensor, a: Tensor, b: Tensor, gradient: str, keep_history: bool, backend: str, *packed: Any
 ) -> TransportValues:
-    found: TransportValues = row_backend(backend).sinkhorn_forward(cost, a, b, unpack(packed), keep_history)
+    found: TransportValues = row_backend(backend).sinkhorn_forward(
+        cost, a, b, unpack_for(backend, a, packed), keep_history
+    )
     if values_are_checked(cost):
         raise_for_status(found.status)
     return found
@@ -110,7 +120,7 @@ def backward(
         a,
         b,
         values,
-        unpack(packed),
+        unpack_for(backend, a, packed),
         gradient,
         upstream,
         found[0] if to_cost else None,
@@ -218,9 +228,6 @@ class Iterations(torch.autograd.Function):
 def sinkhorn(problem: Transport, backend: str) -> TransportValues:
     """The answer of a row backend, differentiable in cost, a and b."""
     cost, a, b, spec, gradient, _ = problem
-    potentials = row_backend(backend).SINKHORN_POTENTIALS or a.dtype
-    if spec.start is not None:
-        spec = spec._replace(start=spec.start.to(potentials))
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (cost, a, b))
     arguments = cost, a, b, gradient, wanted and gradient == "unrolled", backend, *pack(spec)
     if traced(cost, a, b):
