@@ -49,9 +49,7 @@ def exponential_sum(
     return tl.sum(total, axis=0)
 
 
-@triton.jit(
-    do_not_specialize=["student_vocab", "teacher_vocab", "grad_student_stride", "grad_teacher_stride"]
-)
+@triton.jit(do_not_specialize=["student_vocab", "teacher_vocab", "grad_student_stride", "grad_teacher_stride"])
 def sorted_l1_kernel(
     student,
     teacher,
@@ -147,10 +145,26 @@ def sorted_l1_kernel(
             in_student = ranks < student_vocab
             in_teacher = ranks < teacher_vocab
             q, s, tanh_s = load_probabilities(
-                student_row, ranks, in_student, largest_s, factor_s, student_scale, student_cap, HAS_STUDENT_CAP, COMPUTE
+                student_row,
+                ranks,
+                in_student,
+                largest_s,
+                factor_s,
+                student_scale,
+                student_cap,
+                HAS_STUDENT_CAP,
+                COMPUTE,
             )
             p, t, tanh_t = load_probabilities(
-                teacher_row, ranks, in_teacher, largest_t, factor_t, teacher_scale, teacher_cap, HAS_TEACHER_CAP, COMPUTE
+                teacher_row,
+                ranks,
+                in_teacher,
+                largest_t,
+                factor_t,
+                teacher_scale,
+                teacher_cap,
+                HAS_TEACHER_CAP,
+                COMPUTE,
             )
             difference = q - p
             if grad_student is not None:

@@ -9,7 +9,16 @@ from typing import Any
 import aot
 
 INTEGERS = {"rows", "columns", "max_iterations", "max_steps"}
-INTEGERS |= {"vocab_size", "students", "teachers", "own_rows", "other_rows", "split_size", "student_vocab", "teacher_vocab"}
+INTEGERS |= {
+    "vocab_size",
+    "students",
+    "teachers",
+    "own_rows",
+    "other_rows",
+    "split_size",
+    "student_vocab",
+    "teacher_vocab",
+}
 TYPES: dict[str, str] = dict.fromkeys(INTEGERS, "i32")
 TYPES |= dict.fromkeys(("row_lengths", "column_lengths", "student_order", "teacher_order"), "*i64")
 TYPES |= {"iterations": "*i64", "status": "*i32", "active": "*i1"}
@@ -57,9 +66,7 @@ def compiled_resources(case: Case) -> dict[str, Any]:
             constexprs[name] = constants[name] if parameter.is_constexpr else None
         else:
             signature[name] = (
-                parameter.annotation_type
-                or TYPES.get(name)
-                or (f"*{case.dtype}" if name in inputs else f"*{compute}")
+                parameter.annotation_type or TYPES.get(name) or (f"*{case.dtype}" if name in inputs else f"*{compute}")
             )
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs), target=target, options={"num_warps": case.num_warps}

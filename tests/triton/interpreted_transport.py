@@ -8,10 +8,10 @@ from unittest import mock
 
 import interpreted  # noqa: F401 - makes the interpreter fast
 import torch
+from kdkernels.triton_kernels import tiling
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels.triton_kernels import tiling
 
 SMALL_TILE = (8, 8)
 """So that a streamed problem is several of them."""
@@ -42,7 +42,8 @@ def sinkhorn(
         if terms:
             torch.stack(terms).sum().backward()
     gradients = {
-        f"grad_{name}": None if leaf is None else leaf.grad for name, leaf in zip(("cost", "a", "b"), leaves, strict=True)
+        f"grad_{name}": None if leaf is None else leaf.grad
+        for name, leaf in zip(("cost", "a", "b"), leaves, strict=True)
     }
     return {name: each.detach() for name, each in found.items()} | gradients | {"iterations": result.iterations}
 
@@ -57,7 +58,11 @@ def complaint(function: str, arguments: tuple[Any, ...], options: dict[str, Any]
 
 
 def rows(
-    function: str, sources: tuple[Tensor, ...], upstream: Tensor | None, options: dict[str, Any], backend: str = "triton"
+    function: str,
+    sources: tuple[Tensor, ...],
+    upstream: Tensor | None,
+    options: dict[str, Any],
+    backend: str = "triton",
 ) -> tuple[Tensor, ...]:
     """A public function of two sources of logits, and its gradients."""
     leaves = [source.detach().clone().requires_grad_(upstream is not None) for source in sources]
@@ -73,7 +78,10 @@ def head_rows(
 ) -> tuple[Tensor, ...]:
     """The same for two language-model heads: the value, and the gradients to all tensors of both."""
     tensors = [
-        {name: each.detach().clone().requires_grad_() if isinstance(each, Tensor) else each for name, each in head.items()}
+        {
+            name: each.detach().clone().requires_grad_() if isinstance(each, Tensor) else each
+            for name, each in head.items()
+        }
         for head in heads
     ]
     value = getattr(kd, function)(*(kd.LMHead(**head) for head in tensors), backend=backend, **options)

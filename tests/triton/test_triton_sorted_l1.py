@@ -14,9 +14,8 @@ import pytest
 import torch
 from aot import ITEMSIZE, TARGETS
 from aot_transport import Case
-from torch import Tensor
-
 from kdkernels.triton_kernels.tiling import choose_tiling
+from torch import Tensor
 
 Worker = Callable[..., Any]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -71,7 +70,9 @@ def test_equal_rows_masked_vocabulary_and_tokens(interpreter: Worker) -> None:
     value, grad_student, grad_teacher = interpreter(call, "sorted_l1", (student, teacher), upstream, {"mask": mask})
     assert value[1] == value[4] == 0
     for gradient in (grad_student, grad_teacher):
-        assert (gradient[1] == 0).all() and (gradient[4] == 0).all() and gradient.isfinite().all()
+        assert (gradient[1] == 0).all()
+        assert (gradient[4] == 0).all()
+        assert gradient.isfinite().all()
     assert (grad_student[2, ::3] == 0).all()
     check_rows(interpreter, student[:4], teacher[:4])
 
@@ -79,15 +80,14 @@ def test_equal_rows_masked_vocabulary_and_tokens(interpreter: Worker) -> None:
 @pytest.mark.slow
 def test_bound_and_no_rows(interpreter: Worker) -> None:
     student, teacher = logits(2, 70).float(), logits(2, 95, seed=1).float()
-    (bounded,) = interpreter(
-        interpreted_transport.rows, "sorted_l1", (student, teacher), None, {"error_bound": 1e-2}
-    )
+    (bounded,) = interpreter(interpreted_transport.rows, "sorted_l1", (student, teacher), None, {"error_bound": 1e-2})
     truth = interpreted_transport.rows("sorted_l1", (student.double(), teacher.double()), None, {}, "reference")[0]
     torch.testing.assert_close(bounded.double(), truth, rtol=0, atol=1e-6)
     value, *gradients = interpreter(
         interpreted_transport.rows, "sorted_l1", (student[:0], teacher[:0]), torch.ones(0), {}
     )
-    assert value.shape == (0,) and [tuple(each.shape) for each in gradients] == [(0, 70), (0, 95)]
+    assert value.shape == (0,)
+    assert [tuple(each.shape) for each in gradients] == [(0, 70), (0, 95)]
 
 
 @pytest.mark.slow
