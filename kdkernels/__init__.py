@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from kdkernels import alignment, reference, store
+from kdkernels import alignment, losses, reference, store
 from kdkernels.backends import BackendStatus, backends
 from kdkernels.backends.gradient_entries import GradientReport
 from kdkernels.debugging import debug
@@ -29,6 +29,8 @@ from kdkernels.functional import (
     sample_logits,
     sinkhorn,
     sorted_l1,
+    token_log_probs,
+    token_set_log_probs,
     token_statistics,
     topk_logits,
     unpack,
@@ -68,6 +70,7 @@ __all__ = [
     "backends",
     "debug",
     "distillation_loss",
+    "losses",
     "pack",
     "pairwise_cosine",
     "pairwise_l1",
@@ -77,6 +80,8 @@ __all__ = [
     "sinkhorn",
     "sorted_l1",
     "store",
+    "token_log_probs",
+    "token_set_log_probs",
     "token_statistics",
     "topk_logits",
     "unpack",

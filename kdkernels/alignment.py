@@ -13,7 +13,7 @@ brought to bytes of its UTF-8 form, so that a tokenizer that counts bytes goes w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -22,7 +22,20 @@ from torch import Tensor
 
 from kdkernels.checks import check_choice, check_integer
 
-__all__ = ["Alignment", "Chunks", "align", "byte_offsets", "chunk_sums", "collate", "last_tokens", "token_bytes"]
+__all__ = [
+    "Alignment",
+    "Chunks",
+    "align",
+    "byte_offsets",
+    "chunk_sums",
+    "collate",
+    "common_tokens",
+    "first_tokens",
+    "last_tokens",
+    "merge_chunks",
+    "space_tokens",
+    "token_bytes",
+]
 
 UNITS = ("characters", "bytes")
 
@@ -55,7 +68,7 @@ class Chunks(NamedTuple):
     student: int64 ``[B, T]``, for every token of the student's the number of its chunk in its text, -1 where it is in none.
     teacher: int64 ``[B, S]``, the same of the teacher's.
     counts: int64 ``[B]``, chunks of each text.
-    size: the largest count, the width of sums over chunks.
+    size: the largest count, at least 1: the width of sums over chunks.
     """
 
     student: Tensor
@@ -65,8 +78,8 @@ class Chunks(NamedTuple):
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> Chunks:
         """On another device."""
-        tensors = (tensor.to(device, non_blocking=non_blocking) for tensor in self[:3])
-        return Chunks(*tensors, self.size)
+        student, teacher, counts = (tensor.to(device, non_blocking=non_blocking) for tensor in self[:3])
+        return Chunks(student, teacher, counts, self.size)
 
 
 def ranges_of(ids: Sequence[int], count: int) -> list[range]:
@@ -313,7 +326,7 @@ def collate(
         padded("student_length", [each.student for each in alignments], student_length),
         padded("teacher_length", [each.teacher for each in alignments], teacher_length),
         torch.tensor(counts, dtype=torch.int64),
-        max(counts),
+        max(1, *counts),
     )
 
 
@@ -336,6 +349,54 @@ def chunk_sums(values: Tensor, chunk_ids: Tensor, size: int) -> Tensor:
 
 def last_tokens(chunk_ids: Tensor, size: int) -> Tensor:
     """Int64 ``[..., size]``: the place of the last token of each chunk, -1 of a chunk without tokens."""
+    return extreme_tokens(chunk_ids, size, -1, "amax")
+
+
+def first_tokens(chunk_ids: Tensor, size: int) -> Tensor:
+    """Int64 ``[..., size]``: the place of the first token of each chunk, -1 of a chunk without tokens."""
+    found = extreme_tokens(chunk_ids, size, chunk_ids.shape[-1], "amin")
+    return found.masked_fill(found == chunk_ids.shape[-1], -1)
+
+
+def extreme_tokens(chunk_ids: Tensor, size: int, start: int, reduce: str) -> Tensor:
     places = torch.arange(chunk_ids.shape[-1], device=chunk_ids.device).expand(chunk_ids.shape)
-    last = torch.full((*chunk_ids.shape[:-1], size + 1), -1, dtype=torch.int64, device=chunk_ids.device)
-    return last.scatter_reduce(-1, chunk_ids.masked_fill(chunk_ids < 0, size), places, "amax")[..., :size]
+    found = torch.full((*chunk_ids.shape[:-1], size + 1), start, dtype=torch.int64, device=chunk_ids.device)
+    return found.scatter_reduce(-1, chunk_ids.masked_fill(chunk_ids < 0, size), places, reduce)[..., :size]
+
+
+def merge_chunks(chunks: Chunks, kept: Tensor) -> Chunks:
+    """Larger chunks: one that is not ``kept`` ends no more, and goes on with the next one of its text.
+
+    Args:
+        chunks: of a batch.
+        kept: bool ``[B, size]``, which chunks still end where they do. The last of a text does in any case.
+
+    Returns:
+        ``Chunks`` of the same ``size``, though there may be fewer.
+    """
+    ends = kept.long()
+    merged = ends.cumsum(-1) - ends  # chunks that end in front of each
+
+    def renumbered(ids: Tensor) -> Tensor:
+        return merged.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, -1)
+
+    last = merged.gather(-1, (chunks.counts - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    counts = torch.where(chunks.counts > 0, last + 1, 0)
+    return Chunks(renumbered(chunks.student), renumbered(chunks.teacher), counts, chunks.size)
+
+
+def space_tokens(parts: Sequence[bytes], *, also: Sequence[int] = ()) -> Tensor:
+    """The ids, int64 ``[K]``, of the tokens that begin with a space, a tab or a newline.
+
+    Args:
+        parts: what each id of the vocabulary stands for, for instance from ``token_bytes``.
+        also: ids that end a text as well, such as that of the end-of-text token.
+    """
+    found = [token for token, part in enumerate(parts) if part[:1] in {b" ", b"\t", b"\n"}]
+    return torch.tensor(sorted({*found, *also}), dtype=torch.int64)
+
+
+def common_tokens(student_vocab: Mapping[str, int], teacher_vocab: Mapping[str, int]) -> Tensor:
+    """Int64 ``[K, 2]``: the student's and the teacher's id of the entries that both vocabularies write alike."""
+    pairs = [(mine, teacher_vocab[token]) for token, mine in student_vocab.items() if token in teacher_vocab]
+    return torch.tensor(sorted(pairs), dtype=torch.int64).reshape(-1, 2)

@@ -14,6 +14,7 @@ __all__ = [
     "ID_DTYPES",
     "LOGIT_DTYPES",
     "check_choice",
+    "check_dense",
     "check_flag",
     "check_floating",
     "check_integer",
@@ -74,6 +75,7 @@ def check_integral(name: str, value: Any) -> None:
 
 
 def check_dense(name: str, value: Any, dtypes: Sequence[torch.dtype]) -> None:
+    """``value`` must be a dense tensor of one of the dtypes."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:

@@ -29,6 +29,9 @@ TAILS = ("bucket", "renormalize", "uniform", "drop")
 CODECS = ("q4", "q6", "q8", "bf16")
 """How log-probabilities are stored: bits per value, uniform in the distance from the row's largest, or a bfloat16."""
 
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""That a head may be told to compute in."""
+
 MAX_VOCAB_SIZE = 1 << 24
 """Of sparse teachers: a token id takes at most 24 bits."""
 
@@ -63,9 +66,12 @@ class LMHead:
         softcap: ``c`` in ``c * tanh(logit / c)`` (Gemma 2 uses 30), or None.
         logit_scale: factor on the logits before the softcap (Cohere's ``logit_scale``, the inverse of Granite's
             ``logits_scaling``), or None.
+        compute_dtype: float32, bfloat16 or float16, in which the matrix products run and the temporary logits are held,
+            whatever the dtypes of the tensors; sums over the vocabulary and the loss are float32. None: autocast's where it
+            is on, else that of the tensors.
     """
 
-    __slots__ = ("bias", "hidden", "logit_scale", "softcap", "weight")
+    __slots__ = ("bias", "compute_dtype", "hidden", "logit_scale", "softcap", "weight")
 
     def __init__(
         self,
@@ -75,7 +81,11 @@ class LMHead:
         *,
         softcap: float | None = None,
         logit_scale: float | None = None,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
+        if compute_dtype is not None and compute_dtype not in COMPUTE_DTYPES:
+            allowed = ", ".join(str(dtype) for dtype in COMPUTE_DTYPES)
+            raise ValueError(f"LMHead: compute_dtype must be None or one of {allowed}, got {compute_dtype!r}")
         check_floating("LMHead: hidden", hidden)
         check_floating("LMHead: weight", weight)
         if hidden.dim() < 1:
@@ -95,13 +105,16 @@ class LMHead:
                 continue
             if tensor.device != hidden.device:
                 raise ValueError(f"LMHead: {name} is on {tensor.device} and hidden on {hidden.device}")
-            if tensor.dtype != hidden.dtype and autocast_dtype(hidden.device.type) is None:
+            computed_in = compute_dtype or autocast_dtype(hidden.device.type)
+            if tensor.dtype != hidden.dtype and computed_in is None:
                 raise TypeError(
-                    f"LMHead: {name} is {tensor.dtype} and hidden {hidden.dtype}; they may differ only under autocast"
+                    f"LMHead: {name} is {tensor.dtype} and hidden {hidden.dtype}; they may differ only under autocast or "
+                    "with a compute_dtype"
                 )
         self.hidden = hidden
         self.weight = weight
         self.bias = bias
+        self.compute_dtype = compute_dtype
         self.softcap = None if softcap is None else check_real("LMHead: softcap", softcap, positive=True)
         self.logit_scale = None if logit_scale is None else check_real("LMHead: logit_scale", logit_scale)
         if self.logit_scale == 0:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.arguments.sinkhorn import Transport, valid_pairs
-from kdkernels.backends.transport import TransportValues
+from kdkernels.backends.transport import LARGEST_EXPONENT, TransportValues
 
 __all__ = ["SinkhornResult", "as_result"]
 
@@ -49,6 +49,8 @@ class SinkhornResult:
         valid = valid_pairs(problem)
         if valid is not None:
             exponent = torch.where(valid, exponent, -torch.inf)
+        # Only where neither side has mass would it overflow.
+        exponent = exponent.clamp(max=LARGEST_EXPONENT[f.dtype])
         plan = problem.a.unsqueeze(-1) * problem.b.unsqueeze(-2) * exponent.exp()
         if problem.gradient == "envelope":
             plan = plan.detach()

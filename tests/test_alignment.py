@@ -162,6 +162,7 @@ def test_lengths_that_do_not_add_up_are_not_used() -> None:
         ([(0, 2), (3, 5)], [(0, 2), (3, 5)], [(0, 2), (2, 5)]),  # dropped on both sides: with what follows
         ([(0, 2), (3, 3), (3, 5)], [(0, 2), (2, 3), (3, 5)], [(0, 2), (2, 3), (3, 5)]),  # an empty token stands for it
         ([(0, 5)], [(0, 2), (3, 5)], [(0, 5)]),
+        ([(0, 4), (1, 2), (4, 5)], [(0, 2), (2, 3), (3, 4), (4, 5)], [(0, 4), (4, 5)]),  # a token inside another
     ],
 )
 def test_spaces(student: list[Span], teacher: list[Span], chunks: list[Span]) -> None:

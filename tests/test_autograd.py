@@ -394,6 +394,55 @@ def test_autocast(pairing: str, reduction: str) -> None:
         assert (gradient - exact_gradients[name]).norm() <= 1.5 * rounding + 1e-6, name
 
 
+def heads(tensors: Tensors, compute_dtype: torch.dtype | None) -> Tensor:
+    """The loss of two heads, the student's told what to compute in."""
+    student, teacher = (
+        kd.LMHead(*(tensors.get(f"{side}.{name}") for name in ("hidden", "weight", "bias")), compute_dtype=dtype)
+        for side, dtype in (("student", compute_dtype), ("teacher", None))
+    )
+    return kd.distillation_loss(student, teacher)
+
+
+def test_compute_dtype_of_a_head() -> None:
+    tensors = pairs.make("head-head")
+    exact, exact_gradients = value_and_gradients(lambda given: heads(given, None), tensors)
+    value, gradients = value_and_gradients(lambda given: heads(given, torch.bfloat16), tensors)
+    rounded = {
+        name: tensor.detach().bfloat16().requires_grad_() if name.startswith("student") else tensor
+        for name, tensor in tensors.items()
+    }
+    expected, expected_gradients = value_and_gradients(lambda given: heads(given, None), rounded)
+    assert value.dtype == torch.float32
+    assert not torch.equal(value, exact)
+    torch.testing.assert_close(value, expected, rtol=0, atol=0)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient, expected_gradients[name].float(), rtol=0, atol=0)
+        assert (gradient - exact_gradients[name]).norm() <= 3e-2 * exact_gradients[name].norm() + 1e-6, name
+
+
+def test_compute_dtype_goes_before_autocast_and_permits_mixed_dtypes() -> None:
+    tensors = pairs.make("head-head")
+    expected = heads(tensors, torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.float16):
+        tensors["student.weight"] = tensors["student.weight"].detach().bfloat16()
+        tensors["teacher.hidden"] = tensors["teacher.hidden"].detach()
+        student = kd.LMHead(
+            *(tensors.get(f"student.{name}") for name in ("hidden", "weight", "bias")), compute_dtype=torch.bfloat16
+        )
+        teacher = kd.LMHead(
+            *(tensors.get(f"teacher.{name}") for name in ("hidden", "weight", "bias")), compute_dtype=torch.float32
+        )
+        found = kd.distillation_loss(student, teacher)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, "bfloat16"])
+def test_compute_dtype_is_checked(dtype: object) -> None:
+    with pytest.raises(ValueError, match="compute_dtype must be None or one of"):
+        kd.LMHead(torch.zeros(2, 3), torch.zeros(4, 3), compute_dtype=dtype)
+
+
 def test_autocast_leaves_logits_alone() -> None:
     tensors = pairs.make("logits-logits")
     expected = value_and_gradients(loss, tensors)

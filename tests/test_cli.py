@@ -101,6 +101,10 @@ def test_check_passes() -> None:
         "sparse_divergence",
         "token_statistics",
         "topk_logits",
+        "pairwise_l1",
+        "pairwise_l1 of heads",
+        "sorted_l1",
+        "sinkhorn",
     ]
     assert all(0 < line["error"] < 1e-5 for line in report["results"])
 
@@ -146,8 +150,31 @@ def scale_gradients(*gradients: torch.Tensor | None) -> None:
         ("token_statistics", lambda values, _: scale_first(values), "token_statistics", ""),
         ("topk", lambda values, _: scale_first(values[1:]), "topk_logits", "log_probs"),
         ("topk", lambda values, _: values[0].add_(1), "topk_logits", "ids"),
+        ("pairwise_l1_forward", lambda values, _: scale_first(values), "pairwise_l1", ""),
+        ("pairwise_l1_backward", lambda _, given: scale_gradients(*given[-2:]), "pairwise_l1", "gradient to"),
+        ("pairwise_l1_backward", lambda _, given: scale_gradients(*given[-2:]), "pairwise_l1 of heads", "gradient to"),
+        ("sorted_l1", lambda values, _: scale_first(values), "sorted_l1", "value per token"),
+        ("sorted_l1", lambda _, given: scale_gradients(*given[-2:]), "sorted_l1", "gradient to"),
+        ("sinkhorn_forward", lambda values, _: values[2].mul_(1.01), "sinkhorn", ""),
+        ("sinkhorn_backward", lambda _, given: scale_gradients(*given[-3:]), "sinkhorn", "gradient to "),
     ],
-    ids=["forward", "backward", "total", "fused", "sparse", "token_statistics", "topk", "topk ids"],
+    ids=[
+        "forward",
+        "backward",
+        "total",
+        "fused",
+        "sparse",
+        "token_statistics",
+        "topk",
+        "topk ids",
+        "pairs",
+        "pairs backward",
+        "pairs of heads",
+        "sorted_l1",
+        "sorted_l1 gradients",
+        "sinkhorn",
+        "sinkhorn backward",
+    ],
 )
 def test_check_finds_a_kernel_that_is_a_percent_off(
     monkeypatch: pytest.MonkeyPatch, kernel: str, spoil: Callable[[Any, Any], None], operation: str, quantity: str

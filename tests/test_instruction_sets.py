@@ -32,7 +32,9 @@ def verify(instruction_set: str) -> None:
     """What the process does: the accuracy rule over kinds, dtypes and awkward sizes."""
     import test_divergence_accuracy as dense
     import test_hard_inputs as hard
+    import test_pairwise_l1 as pairwise
     import test_records as records
+    import test_sorted_l1 as sorted_l1
     import test_token_statistics as statistics
     import test_topk as topk
 
@@ -45,14 +47,25 @@ def verify(instruction_set: str) -> None:
         labels = torch.tensor([0, 1, 30, 1099, 1024, 500])
         statistics.check_logits(*random_logits(1100, dtype), labels, "cpu", temperature=1.3)
         topk.check_draws("cpu", dtype, 1.5, 1100)
+        for batch, n, m, vocab in pairwise.SIZES:
+            pairwise.test_equals_cdist("cpu", dtype, batch, n, m, vocab)
+        pairwise.test_identical_rows("cpu", dtype)
+        pairwise.test_a_vocabulary_of_one(dtype)
+        for sizes in ((127, 300), (4097, 4097)):
+            for close in (False, True):
+                sorted_l1.test_equals_sorting(dtype, sizes, close)
     for order in topk.ORDERS:
         topk.test_orders("cpu", 64, order)
     topk.test_softcap("cpu")
+    pairwise.test_masked_vocabulary("cpu")
+    pairwise.test_probabilities_that_underflow()
     for case in EVERY_DIVERGENCE:
         dense.test_far_from_zero(case, 1.0)
         dense.test_temperature_per_token_and_hard_labels(case, torch.float32)
         hard.test_finite_and_right(case, torch.float32)
         hard.test_nan_in_a_counted_row_shows(case, 0)
+    for name in sorted_l1.PAIRS:
+        sorted_l1.test_the_bound_holds(name, 1e-3)
     for vocab, width in records.SIZES:
         for bits in BITS.values():
             records.check_against_reference(vocab, width, bits)

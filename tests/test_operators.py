@@ -24,7 +24,13 @@ OPERATORS = {
     "linear_divergence",
     "linear_divergence_backward",
     "linear_divergence_total",
+    "pairwise_l1",
+    "pairwise_l1_backward",
     "sample",
+    "sorted_l1",
+    "sorted_l1_backward",
+    "sinkhorn",
+    "sinkhorn_backward",
     "sparse_divergence",
     "sparse_divergence_backward",
     "sparse_divergence_total",
@@ -185,7 +191,13 @@ def statistics_calls(pairing: str, option: str) -> list[Call]:
 def test_every_operator_is_reached_by_the_public_functions() -> None:
     calls = [call for case in CHECKED for call in every_call(*case)] + statistics_calls("head-logits", "plain")
     calls += [call for case in SPARSE for call in sparse_calls(*case)]
+    half = torch.zeros(2, 5, dtype=torch.bfloat16, requires_grad=True)
+    calls += recorded(lambda: kd.sorted_l1(half, torch.zeros(2, 4)).sum().backward())
     calls += recorded(lambda: (kd.topk_logits(torch.zeros(2, 5), 2), kd.sample_logits(torch.zeros(2, 5), 2)))
+    rows = torch.zeros(2, 5, requires_grad=True)
+    calls += recorded(lambda: kd.pairwise_l1(rows, rows).sum().backward())
+    cost = torch.zeros(1, 2, 2, requires_grad=True)
+    calls += recorded(lambda: kd.sinkhorn(cost, epsilon=1.0).distance.sum().backward())
     assert {operator._opname for operator, _ in calls} == OPERATORS
     assert {name.partition("::")[2] for name in registered_operators()} == OPERATORS
 

@@ -86,14 +86,13 @@ KD_INLINE Vector<Real> broadcast(Real number) {
   return number - Vector<Real>{};  // not a sum, which would turn -0 into 0 and take an instruction
 }
 
-// Halves are added to halves, as a tree.
 template <class Real>
-KD_INLINE Real sum_of(Vector<Real> x) {
+KD_INLINE double sum_of(Vector<Real> x) {
   alignas(64) Real parts[Lanes<Real>::count];
   std::memcpy(parts, &x, sizeof x);
-  for (int64_t half = Lanes<Real>::count / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) parts[i] += parts[i + half];
-  return parts[0];
+  double sum = 0;
+  for (Real part : parts) sum += static_cast<double>(part);
+  return sum;
 }
 
 // While it lives, subnormal numbers count as 0 in this thread: arithmetic on them takes a hundred times longer, and
@@ -127,22 +126,23 @@ constexpr int64_t rounded_up(int64_t width) {
   return (width + step - 1) / step * step;
 }
 
-// A tile is as wide as fits the second-level cache beside its neighbour's data.
+// A tile is as wide as fits the second-level cache beside its neighbour's data, and no wider than a lane can sum: beside a
+// probability near 1 every small one that is added costs a rounding, so the lanes go to doubles after each tile.
 template <class Real>
 int64_t tile_width(int64_t rows) {
-  constexpr int64_t bytes = 1 << 20, step = 64;
+  constexpr int64_t bytes = 1 << 20, step = 64, most = 64 * Lanes<Real>::count;
   const int64_t fitting = bytes / (rows * static_cast<int64_t>(sizeof(Real))) / step * step;
-  return std::min<int64_t>(1024, std::max(step, fitting));
+  return std::min(most, std::max(step, fitting));
 }
 
-// out = exp((block - max) / temperature); returns the sum. The largest logit is subtracted first, so that its own
+// out = exp((block - max) / temperature). The largest logit is subtracted first, so that its own
 // exponential is exactly 1, and a softmax of one entry too. `relative` is a buffer.
 template <class Real>
-Real exponentials(const Real* __restrict block, int64_t n, Real max, Real scale, Real* __restrict relative, Real* out,
+void exponentials(const Real* __restrict block, int64_t n, Real max, Real scale, Real* __restrict relative, Real* out,
                   const char* upcoming, int64_t upcoming_bytes) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) relative[i] = block[i] - max;
-  return exp2_block(relative, n, Tempering<Real>{scale, 0}, out, upcoming, upcoming_bytes);
+  exp2_block(relative, n, Tempering<Real>{scale, 0}, out, upcoming, upcoming_bytes);
 }
 
 template <class Real>
@@ -429,6 +429,15 @@ struct Gradients {
     }
   }
 
+  // A large gradient with a place of its own is new memory: its pages come at once, by all threads of the team, and not
+  // one by one as tiles are written.
+  void populate_gradient(const PairSide& side) const {
+    const int64_t rows = problem.problems * side.rows, bytes = problem.vocab * dtype_size(side.gradient.dtype);
+    if (!side.gradient.data || side.gradient.data == side.logits.data || rows * bytes < (4 << 20)) return;
+#pragma omp for schedule(static) nowait
+    for (int64_t row = 0; row < rows; ++row) populate(entry_address(side.gradient, row, 0), bytes);
+  }
+
   bool run() {
     const bool to_student = problem.student.gradient.data, to_teacher = problem.teacher.gradient.data;
     if (to_student) student_weights.reset(pack(n, m, m, 1));
@@ -442,6 +451,8 @@ struct Gradients {
       const NoSubnormals guard;
       char* memory = static_cast<char*>(thread_scratch(bytes));
       done = memory != nullptr;
+      populate_gradient(problem.student);
+      populate_gradient(problem.teacher);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < problem.problems * tiles; ++task) {
         if (!memory) continue;
@@ -467,7 +478,7 @@ void normalise(const PairNormalisers& problem) {
   for (int64_t row = 0; row < problem.rows; ++row) {
     alignas(64) Real buffer[block_size];
     alignas(64) Real relative[block_size];
-    alignas(64) Real unused[block_size];
+    alignas(64) Real made[block_size];
     const Stream<Real> stream(problem.logits, row, problem.softcap, problem.temperature);
     const Real scale = stream.tempering.scale;
     Real max = static_cast<Real>(logit_floor);
@@ -480,8 +491,11 @@ void normalise(const PairNormalisers& problem) {
         max = range.max;
       }
       const int64_t left = std::min(block_size, problem.vocab - start - n);
-      sum += exponentials(block, n, max, scale, relative, unused, entry_address(problem.logits, row, start + n),
-                          left * dtype_size(problem.logits.dtype));
+      exponentials(block, n, max, scale, relative, made, entry_address(problem.logits, row, start + n),
+                   left * dtype_size(problem.logits.dtype));
+      // In double: beside the largest, which is 1, single precision would lose the others' digits.
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(made[i]);
     });
     Real* result = static_cast<Real*>(problem.normalisers) + 2 * row;
     result[0] = max;

@@ -225,6 +225,87 @@ struct PairProblem {
   const void* grad = nullptr;   // the same: what the result gives to each distance
 };
 
+// Rows of the `sorted_l1` family. Arrays whose element type is not said hold the compute type: double if either side is
+// float64, else float.
+struct SortedL1Problem {
+  int64_t rows = 0;
+  int64_t vocab = 0;  // of both sides together, less than 2^31
+  int threads = 1;
+  bool compute_double = false;
+
+  Matrix student;
+  Matrix teacher;
+  int64_t student_vocab = 0;
+  int64_t teacher_vocab = 0;
+  PerRow student_temperature;
+  PerRow teacher_temperature;
+  double student_softcap = 0;  // 0: none
+  double teacher_softcap = 0;
+  const uint8_t* active = nullptr;  // null: every row counts
+
+  double error_bound = 0;
+  void* values = nullptr;   // [rows]
+  void* omitted = nullptr;  // [rows]
+  PerRow grad_values;
+  Matrix grad_student;  // may share the storage of student
+  Matrix grad_teacher;  // may share the storage of teacher
+};
+
+// Problems of the `sinkhorn` family, see kdkernels/backends/transport.py. Arrays are contiguous; those whose element type
+// is not said hold the compute type: double or float.
+struct SinkhornProblem {
+  int64_t batch = 0;
+  int64_t rows = 0;
+  int64_t columns = 0;
+  int threads = 1;
+  bool compute_double = false;
+
+  const void* cost = nullptr;               // [batch, rows, columns]
+  const void* a = nullptr;                  // [batch, rows]
+  const void* b = nullptr;                  // [batch, columns]
+  const int64_t* row_lengths = nullptr;     // [batch]; null: no padding
+  const int64_t* column_lengths = nullptr;  // [batch]
+  const double* start = nullptr;            // [batch, columns]; null: zeros
+
+  double epsilon = 1;
+  double tolerance = 0;
+  double row_reach = 0;  // infinite: balanced
+  double column_reach = 0;
+  double epsilon_start = 0;
+  double epsilon_decay = 0.5;
+  int64_t max_iterations = 0;
+
+  // Written by the forward, read by the backward; the histories [batch, max_iterations, ..] may be null.
+  double* f = nullptr;  // [batch, rows]
+  double* g = nullptr;  // [batch, columns]
+  int64_t* iterations = nullptr;
+  double* f_history = nullptr;
+  double* g_history = nullptr;
+
+  // Written by the forward.
+  void* distance = nullptr;
+  void* value = nullptr;
+  void* error = nullptr;
+  int32_t* status = nullptr;
+};
+
+// In the order of GRADIENTS there.
+enum class TransportGradient : int { envelope = 0, implicit = 1, unrolled = 2 };
+
+struct SinkhornGradientProblem : SinkhornProblem {
+  TransportGradient gradient = TransportGradient::envelope;
+  double solver_tolerance = 0;
+
+  const void* grad_distance = nullptr;  // [batch]; null: zeros
+  const void* grad_value = nullptr;
+  const double* grad_f = nullptr;  // [batch, rows]
+  const double* grad_g = nullptr;
+
+  void* grad_cost = nullptr;  // like cost; null: not wanted
+  void* grad_a = nullptr;
+  void* grad_b = nullptr;
+};
+
 // A buffer of this thread, at least `bytes` long and aligned to 64; it is kept between calls.
 // Null if there is no memory.
 void* thread_scratch(int64_t bytes);
@@ -248,6 +329,9 @@ void populate(void* data, int64_t bytes);
   bool sample(const SampleProblem& problem);                                      \
   void pairwise_normalisers(const PairNormalisers& problem);                      \
   bool pairwise_l1(const PairProblem& problem);                                   \
+  bool sorted_l1(const SortedL1Problem& problem);                                 \
+  bool sinkhorn(const SinkhornProblem& problem);                                  \
+  bool sinkhorn_gradient(const SinkhornGradientProblem& problem);                 \
   }
 KD_DECLARE_CPU_KERNELS(baseline)
 KD_DECLARE_CPU_KERNELS(avx2)

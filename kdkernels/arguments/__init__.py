@@ -10,12 +10,14 @@ from kdkernels.arguments.records import pack_rows, unpack_rows
 from kdkernels.arguments.rows import Problem, check_memory_budget
 from kdkernels.arguments.sinkhorn import Transport, prepare_sinkhorn
 from kdkernels.arguments.sorted_l1 import prepare_sorted_l1
+from kdkernels.arguments.token_log_probs import SetProblem, prepare_token_log_probs, prepare_token_set
 from kdkernels.arguments.topk import Picking, prepare_sample, prepare_topk
 
 __all__ = [
     "Pairs",
     "Picking",
     "Problem",
+    "SetProblem",
     "Total",
     "Transport",
     "check_memory_budget",
@@ -27,6 +29,8 @@ __all__ = [
     "prepare_sinkhorn",
     "prepare_sorted_l1",
     "prepare_statistics",
+    "prepare_token_log_probs",
+    "prepare_token_set",
     "prepare_topk",
     "unpack_rows",
     "with_tolerance",

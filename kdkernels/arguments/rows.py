@@ -84,8 +84,10 @@ def side(name: str, source: Source, vocab_size: int | None) -> tuple[Side, torch
 
 def head_side(source: LMHead, vocab_size: int | None, name: str) -> tuple[Side, torch.Size, int]:
     hidden, weight, bias = source.hidden, source.weight, source.bias
-    dtype = autocast_dtype(hidden.device.type)
-    if dtype is not None and hidden.dtype != torch.float64:
+    dtype = source.compute_dtype
+    if dtype is None and hidden.dtype != torch.float64:
+        dtype = autocast_dtype(hidden.device.type)
+    if dtype is not None:
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     vocab = weight.shape[0]

@@ -72,12 +72,27 @@ def prepare_sinkhorn(
         check_square(spec, n, m, cost)
     dtype = transport_dtype(cost, a, b)
     flat = cost.reshape(batch, n, m).contiguous()
-    rows = marginal_of("a", a, batch_shape, n, spec.row_lengths, marginals, flat, dtype)
-    columns = marginal_of("b", b, batch_shape, m, spec.column_lengths, marginals, flat, dtype)
+    row_lengths, column_lengths = both_or_none(spec, n, m)
+    rows = marginal_of("a", a, batch_shape, n, row_lengths, marginals, flat, dtype)
+    columns = marginal_of("b", b, batch_shape, m, column_lengths, marginals, flat, dtype)
     if values_are_checked(cost) and not (a is None and b is None):
         given = [tensor.dtype for tensor in (a, b) if tensor is not None]
         check_masses(rows, columns, spec, max(MASS_TOLERANCE[one] for one in given))
     return Transport(flat, rows, columns, spec, gradient, batch_shape)
+
+
+def both_or_none(spec: TransportSpec, n: int, m: int) -> tuple[Tensor | None, Tensor | None]:
+    """The lengths of rows and columns, 0 in a problem that lacks either."""
+    rows, columns = spec.row_lengths, spec.column_lengths
+    if n == 0 or m == 0 or (rows is None and columns is None):
+        return rows, columns
+    rows_there = True if columns is None else columns > 0
+    columns_there = True if rows is None else rows > 0
+    given = rows if rows is not None else columns
+    assert given is not None
+    rows = given.new_full(given.shape, n) if rows is None else rows
+    columns = given.new_full(given.shape, m) if columns is None else columns
+    return rows * rows_there, columns * columns_there
 
 
 def at_least_one(name: str, value: Any) -> int:
@@ -196,6 +211,9 @@ def marginal_of(
 ) -> Tensor:
     """``[B, size]``, zero on the padding."""
     valid = valid_entries(lengths, size)
+    if 0 in cost.shape[1:]:  # nothing to carry, whatever the other side holds
+        valid = torch.zeros(cost.shape[0], size, dtype=torch.bool, device=cost.device)
+        lengths = valid.sum(-1)
     if given is None:
         ones = cost.new_ones(cost.shape[0], size, dtype=dtype) if valid is None else valid.to(dtype)
         if marginals == "unit":

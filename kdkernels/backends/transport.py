@@ -23,7 +23,8 @@ Tensors are contiguous: ``cost [B, n, m]`` of any supported dtype, ``a [B, n]`` 
     "unrolled": (fbar, gbar), the gradients to the last potentials, go back through every iteration that was made. Column
     step, ``Q_ij = a_i exp((f_i + g_j / lam - C_ij) / eps)``: ``Cbar_ij += lam Q_ij gbar_j``, ``fbar_i -= lam sum_j Q_ij gbar_j``,
     ``abar_i -= lam eps sum_j Q_ij / a_i gbar_j``. Row step with g of the iteration before,
-    ``R_ij = b_j exp((f_i / lam + g_j - C_ij) / eps)``: ``Cbar_ij += lam R_ij fbar_i``, ``gbar_j = -lam sum_i R_ij fbar_i``, ``bbar_j -= lam eps sum_i R_ij / b_j fbar_i``.
+    ``R_ij = b_j exp((f_i / lam + g_j - C_ij) / eps)``: ``Cbar_ij += lam R_ij fbar_i``, ``gbar_j = -lam sum_i R_ij fbar_i``,
+    ``bbar_j -= lam eps sum_i R_ij / b_j fbar_i``.
 
     "implicit": the same sums over infinitely many repetitions of the last iteration, by conjugate gradients: solve
     ``h_j - lam_rows lam_columns sum_i E_ij a_i / r_i sum_k E_ik b_k / s_k h_k = -lam_rows sum_i E_ij x0_i / r_i``, where
@@ -49,6 +50,7 @@ from torch import Tensor
 __all__ = [
     "FAULTS",
     "GRADIENTS",
+    "LARGEST_EXPONENT",
     "SOLVER_TOLERANCE",
     "TransportGradients",
     "TransportSpec",
@@ -62,6 +64,9 @@ GRADIENTS = ("envelope", "implicit", "unrolled")
 SOLVER_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
 """Conjugate gradients stop at this residual, relative to the right-hand side, by the compute type; or after
 ``2 min(n, m) + 10`` steps."""
+
+LARGEST_EXPONENT = {torch.float32: 69.0, torch.float64: 690.0}
+"""Of the density E: only pairs without mass on either side reach it."""
 
 FAULTS = {
     1: "cost of problem {} holds NaN or -inf; +inf forbids a pair",

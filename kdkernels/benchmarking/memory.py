@@ -12,6 +12,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ import torch
 from kdkernels.benchmarking.contenders import CONTENDERS
 from kdkernels.benchmarking.workloads import Workload
 
-__all__ = ["peak_extra_bytes"]
+__all__ = ["ask", "peak_extra_bytes", "peak_of_call", "tell"]
 
 # Large blocks go back to the system when they are freed, so that the resident size says what is in use.
 ALLOCATOR_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
@@ -33,8 +34,17 @@ def peak_extra_bytes(workload: Workload, contender: str) -> int:
         RuntimeError: the measuring process failed; the text ends with what it said last.
     """
     request = pickle.dumps((workload, contender, torch.get_num_threads()))
+    return ask([sys.executable, "-m", "kdkernels.benchmarking.memory"], request)
+
+
+def ask(command: Sequence[str], request: bytes = b"") -> int:
+    """What a process that ends with ``tell`` says.
+
+    Raises:
+        RuntimeError: it failed; the text ends with what it said last.
+    """
     answer = subprocess.run(
-        [sys.executable, "-m", "kdkernels.benchmarking.memory"],
+        command,
         input=request,
         capture_output=True,
         env={**os.environ, **ALLOCATOR_SETTINGS},
@@ -67,6 +77,11 @@ def measure(workload: Workload, contender: str) -> int:
     call = prepare(workload, workload.inputs())
     if compiles:  # for these very shapes, which is not part of the cost
         call()
+    return peak_of_call(call, cuda)
+
+
+def peak_of_call(call: Callable[[], object], cuda: bool = False) -> int:
+    """The peak above the state before the call, in this process, which should have done nothing else."""
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -91,7 +106,12 @@ def measure(workload: Workload, contender: str) -> int:
 def answer_request() -> None:
     workload, contender, threads = pickle.loads(sys.stdin.buffer.read())
     torch.set_num_threads(threads)
-    print(ANSWER, measure(workload, contender), flush=True)
+    tell(measure(workload, contender))
+
+
+def tell(peak: int) -> None:
+    """Answers the process that asked."""
+    print(ANSWER, peak, flush=True)
 
 
 if __name__ == "__main__":

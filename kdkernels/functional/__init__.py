@@ -6,6 +6,7 @@ from kdkernels.functional.pairwise_l1 import pairwise_l1
 from kdkernels.functional.records import pack, unpack
 from kdkernels.functional.sinkhorn import sinkhorn
 from kdkernels.functional.sorted_l1 import sorted_l1
+from kdkernels.functional.token_log_probs import token_log_probs, token_set_log_probs
 from kdkernels.functional.token_statistics import token_statistics
 from kdkernels.functional.topk import sample_logits, topk_logits
 
@@ -18,6 +19,8 @@ __all__ = [
     "sample_logits",
     "sinkhorn",
     "sorted_l1",
+    "token_log_probs",
+    "token_set_log_probs",
     "token_statistics",
     "topk_logits",
     "unpack",

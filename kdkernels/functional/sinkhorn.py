@@ -9,7 +9,6 @@ from torch import Tensor
 from kdkernels import arguments
 from kdkernels.arguments import Transport
 from kdkernels.autocast import autocast_disabled
-from kdkernels.backends import row_backend
 from kdkernels.functional.choosing import backend_for
 from kdkernels.ops import sinkhorn as operator
 from kdkernels.reference.sinkhorn import solve
@@ -96,7 +95,7 @@ def sinkhorn(
     device = cost.device.type
     backend = backend_for(backend, device)
     with autocast_disabled(device):
-        if backend == "reference" or not hasattr(row_backend(backend), "sinkhorn_forward"):
+        if backend == "reference":
             result = as_result(problem, solve(problem))
         else:
             result = as_result(problem, operator.sinkhorn(problem, backend))

@@ -78,7 +78,7 @@ def sorted_l1(
         mask: bool ``[...]``, True where a token counts. Elsewhere the value is 0, whatever stands there.
         error_bound: how much a value may err, at least 0. Positive, it permits to leave entries unsorted whose order hardly
             matters; the CPU backend makes use of it. The value is then too small, by no more than the bound, and the
-            gradient is that of the value returned. What rounding alone can do (about 1e-5 in float32, see
+            gradient is that of the value returned. What rounding alone can do (at most 3e-5 in float32, see
             docs/optimal_transport.md) counts towards it: a smaller ``error_bound`` sorts everything.
         return_bound: whether to return the bound, too.
         memory_budget: bytes for the temporary logits of LMHead sources; None: 128 MiB on the CPU, 1 GiB on a GPU.

@@ -180,12 +180,15 @@ class Rows(torch.autograd.Function):
 def made_in_forward(sides: Arguments, wanted: list[bool]) -> list[bool]:
     """Which gradients the forward makes: all or none.
 
-    The gradient of a row of logits or hidden states is the upstream one times something known. That of a weight sums over
-    the rows, and half precision underflows unless the gradient is made with its upstream factor, such as a GradScaler's.
+    The gradient of a row of logits or hidden states is the upstream one times something known; that of a weight sums over
+    the rows. In less than the precision of the computation the product would be rounded twice, and half types underflow
+    unless the gradient is made with its upstream factor, such as a GradScaler's.
     """
-    rows_only = all(place in {0, 4} for place, want in zip(TENSORS, wanted, strict=True) if want)
-    half = any(sides[place].dtype.itemsize < 4 for place, want in zip(TENSORS, wanted, strict=True) if want)
-    return wanted if rows_only and not half else [False] * len(wanted)
+    dtype = compute_dtype(sides[0], sides[4])
+    possible = all(
+        place in {0, 4} and sides[place].dtype == dtype for place, want in zip(TENSORS, wanted, strict=True) if want
+    )
+    return wanted if possible else [False] * len(wanted)
 
 
 def rows(problem: Problem, error_bound: float, memory_budget: int | None, backend: str) -> tuple[Tensor, Tensor]:

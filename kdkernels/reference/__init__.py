@@ -6,6 +6,7 @@ from kdkernels.reference.pairwise_l1 import pairwise_l1
 from kdkernels.reference.records import pack, unpack
 from kdkernels.reference.sinkhorn import sinkhorn
 from kdkernels.reference.sorted_l1 import sorted_l1
+from kdkernels.reference.token_log_probs import token_log_probs, token_set_log_probs
 from kdkernels.reference.token_statistics import token_statistics
 from kdkernels.reference.topk import sample_logits, topk_logits
 
@@ -18,6 +19,8 @@ __all__ = [
     "sample_logits",
     "sinkhorn",
     "sorted_l1",
+    "token_log_probs",
+    "token_set_log_probs",
     "token_statistics",
     "topk_logits",
     "unpack",

@@ -82,4 +82,4 @@ def rounding_bound(problem: Problem) -> float:
     assert problem.teacher is not None
     sides = problem.student, problem.teacher
     longest = max(side.tensor.shape[1] if side.weight is None else side.weight.shape[0] for side in sides)
-    return torch.finfo(problem.dtype).eps * (32 + 4 * math.log2(longest))
+    return torch.finfo(problem.dtype).eps * (10 + 2 * min(longest, 70) + 5 * math.log2(longest))

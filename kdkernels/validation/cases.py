@@ -72,6 +72,11 @@ class Case:
         """Whether the functions that pick ids, which know only one source and one temperature, have such a case."""
         return not (self.per_token or self.masked_rows or self.labels or self.teacher_dtype)
 
+    @property
+    def pairable(self) -> bool:
+        """Whether the functions of all pairs of tokens, in which every token counts, have such a case."""
+        return not (self.per_token or self.masked_rows or self.labels)
+
     def logits(self, dtype: torch.dtype, device: str) -> Inputs:
         """Both sides are logits, the teacher's of ``teacher_dtype`` if there is one."""
         random = Random(self, device)

@@ -19,6 +19,7 @@ import kdkernels as kd
 from kdkernels.backends import NAMES, row_backend
 from kdkernels.divergences import Divergence
 from kdkernels.validation.cases import TINY_BUDGET, TOP, Case, Inputs, head_cases, logit_cases
+from kdkernels.validation.transport import TransportCase, transport_cases
 
 __all__ = ["DTYPES", "KERNELS", "Finding", "Plan", "Target", "make_plan", "servers", "validate"]
 
@@ -30,8 +31,11 @@ TOLERANCES = {
 }
 DTYPES = tuple(TOLERANCES)
 
-HEAD_TOLERANCE = 4
-"""Factor on the tolerance for LM heads: the order of their matrix products' sums, and what is rounded between, is free."""
+LENIENCE = {"linear_divergence": 4, "pairwise_l1 of heads": 4, "sinkhorn": 4}
+"""Factors on the tolerance: for LM heads, because the order of their matrix products' sums, and what is rounded between, is
+free; for transport, because rounding goes through many iterations."""
+
+HEAD_OPERATIONS = ("linear_divergence", "pairwise_l1 of heads")
 
 KERNELS = tuple(name for name in NAMES if name != "reference")
 """The backends that have kernels."""
@@ -67,11 +71,11 @@ class Target:
     divergence: Divergence | None
     backend: str
     dtype: torch.dtype
-    cases: tuple[Case, ...]
+    cases: tuple[Case, ...] | tuple[TransportCase, ...]
 
     @property
     def tolerance(self) -> float:
-        return TOLERANCES[self.dtype] * (HEAD_TOLERANCE if self.operation == "linear_divergence" else 1)
+        return TOLERANCES[self.dtype] * LENIENCE.get(self.operation, 1)
 
 
 Plan = list[Target]
@@ -107,15 +111,26 @@ def make_plan(
         plan += [Target("token_statistics", None, name, dtype, logits) for dtype in dtypes]
         pickable = tuple(case for case in logits if case.pickable)
         plan += [Target("topk_logits", None, name, dtype, pickable) for dtype in dtypes]
+        pairable = tuple(case for case in logits if case.pairable)
+        pairable_heads = tuple(case for case in heads if case.pairable)
+        for operation, cases in (("pairwise_l1", pairable), ("pairwise_l1 of heads", pairable_heads)):
+            plan += [Target(operation, None, name, dtype, cases) for dtype in dtypes]
+        plan += [Target("sorted_l1", None, name, dtype, logits) for dtype in dtypes]
+        plan += [Target("sinkhorn", None, name, dtype, transport_cases()) for dtype in dtypes]
     return plan
 
 
 def validate(target: Target, device: str) -> Iterator[Finding]:
     """One finding per case."""
     for case in target.cases:
+        if isinstance(case, TransportCase):
+            yield validate_transport(case, target, device)
+            continue
         if case.teacher_dtype == target.dtype:
             continue
-        make = {"linear_divergence": case.heads, "sparse_divergence": case.truncated}.get(target.operation, case.logits)
+        make = case.heads if target.operation in HEAD_OPERATIONS else case.logits
+        if target.operation == "sparse_divergence":
+            make = case.truncated
         inputs = make(target.dtype, device)
         arguments: dict[str, Any] = {"backend": target.backend}
         if case.many_chunks:
@@ -130,6 +145,17 @@ def validate(target: Target, device: str) -> Iterator[Finding]:
         else:
             with one_thread():
                 yield worst(case, ours, plain, truth, target.tolerance)
+
+
+def validate_transport(case: TransportCase, target: Target, device: str) -> Finding:
+    with one_thread():
+        truth = case.answers(kd.reference, target.dtype, device, {}, double=True)
+        plain = case.answers(kd.reference, target.dtype, device, {})
+    try:
+        ours = case.answers(kd, target.dtype, device, {"backend": target.backend})
+    except Exception as error:  # noqa: BLE001 - whatever a kernel does wrong is a finding
+        return Finding(case.name, "", torch.inf, 0.0, False, f"{type(error).__name__}: {error}")
+    return worst(case, ours, plain, truth, target.tolerance)
 
 
 @contextlib.contextmanager
@@ -151,6 +177,10 @@ def answers(library: Any, inputs: Inputs, target: Target, arguments: dict[str, A
     """What kdkernels or its reference computes."""
     if target.operation == "topk_logits":
         return topk_answers(library, inputs, arguments)
+    if target.operation.startswith("pairwise_l1"):
+        return pair_answers(library, inputs, arguments)
+    if target.operation == "sorted_l1":
+        return sorted_l1_answers(library, inputs, arguments)
     if target.divergence is None:
         return statistics_answers(library, inputs, arguments)
     return loss_answers(library, inputs, target.divergence, arguments)
@@ -204,6 +234,29 @@ def topk_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) -> Ans
     return {name: values.masked_fill(values.isneginf(), 0).flatten() for name, values in answers.items()}
 
 
+def pair_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) -> Answers:
+    """The distances of all pairs of a batch's tokens, and the gradients of their sum under weights of both signs."""
+    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in inputs.leaves.items()}
+    distance: Tensor = library.pairwise_l1(*inputs.sources(leaves), **inputs.options, **arguments)
+    weights = inputs.upstream.to(distance.dtype)
+    upstream = weights.unsqueeze(-1) - 0.4 * weights.unsqueeze(-2)
+    parts = torch.autograd.grad(distance, list(leaves.values()), upstream)
+    found = {f"gradient to {leaf}": part for leaf, part in zip(leaves, parts, strict=True)}
+    return {"distance": distance.detach()} | found
+
+
+def sorted_l1_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) -> Answers:
+    """The values per token, and the gradients to both sides."""
+    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in inputs.leaves.items()}
+    options = {
+        name: inputs.options[name] for name in ("temperature", "teacher_temperature", "mask") if name in inputs.options
+    }
+    values = library.sorted_l1(*inputs.sources(leaves), **options, **arguments)
+    parts = torch.autograd.grad(values, list(leaves.values()), inputs.upstream.to(values.dtype))
+    gradients = {f"gradient to {leaf}": part for leaf, part in zip(leaves, parts, strict=True)}
+    return {"value per token": values.detach().flatten()} | gradients
+
+
 def error_of(answer: Tensor, truth: Tensor, term_size: float) -> float:
     """The relative error, see above; infinite for an answer that is not finite or has another shape."""
     if answer.shape != truth.shape or not bool(answer.isfinite().all()):
@@ -215,7 +268,7 @@ def error_of(answer: Tensor, truth: Tensor, term_size: float) -> float:
     return float((difference.norm(dim=-1) / size.clamp(min=least if least > SMALL_ROW**6 else 1.0)).max())
 
 
-def worst(case: Case, ours: Answers, plain: Answers, truth: Answers, tolerance: float) -> Finding:
+def worst(case: Case | TransportCase, ours: Answers, plain: Answers, truth: Answers, tolerance: float) -> Finding:
     """The answer that comes closest to failing, or fails most."""
     findings = []
     for name, expected in truth.items():

@@ -11,12 +11,15 @@ from kdkernels.backends.cpu.gradient_entries import collect_entries, expand_entr
 from kdkernels.backends.cpu.launching import status, supports
 from kdkernels.backends.cpu.pairwise_l1 import pairwise_l1_backward, pairwise_l1_forward, pairwise_normalisers
 from kdkernels.backends.cpu.records import pack_records, unpack_records
+from kdkernels.backends.cpu.sinkhorn import SINKHORN_POTENTIALS, sinkhorn_backward, sinkhorn_forward
+from kdkernels.backends.cpu.sorted_l1 import sorted_l1
 from kdkernels.backends.cpu.sparse_divergence import sparse_divergence_fused
 from kdkernels.backends.cpu.token_statistics import token_statistics
 from kdkernels.backends.cpu.topk import sample, topk
 
 __all__ = [
     "SAVED_STATISTICS",
+    "SINKHORN_POTENTIALS",
     "collect_entries",
     "divergence_backward",
     "divergence_forward",
@@ -28,6 +31,9 @@ __all__ = [
     "pairwise_l1_forward",
     "pairwise_normalisers",
     "sample",
+    "sinkhorn_backward",
+    "sinkhorn_forward",
+    "sorted_l1",
     "sparse_divergence_fused",
     "sparse_products",
     "status",
