@@ -493,8 +493,8 @@ def sinkhorn_product_kernel(
     """A matrix 2 ** (row_exponents + column_exponents) exp(-C / epsilon) times a vector, some rows of a problem.
 
     The result for the rows, sums over the columns, or, if COLUMNS, for the columns; grid (B, blocks of rows or columns).
-    vector: [B, m] (COLUMNS: [B, n]), or None (ones); product: [B, n] (COLUMNS: [B, m]), 0 on the padding; cost_product: the same with each
-    entry of the matrix multiplied by its cost (0 for forbidden pairs), or None.
+    vector: [B, m] (COLUMNS: [B, n]), or None (ones); product: [B, n] (COLUMNS: [B, m]), 0 on the padding; cost_product: the
+    same with each entry of the matrix multiplied by its cost (0 for forbidden pairs), or None.
     """
     problem = tl.program_id(0)
     n, m = problem_lengths(row_lengths, column_lengths, problem, rows, columns)
@@ -797,9 +797,9 @@ def sinkhorn_cost_gradient_kernel(
 ):
     """A tile of the gradient to the cost, 0 on the padding; grid (B, blocks of rows, blocks of columns).
 
-    It is P o (plan_factors [B] + cost_factors [B] C), with the plan P of the potentials f and g, and, if f_adjoints are given, what comes through the iterations: sum over them of lam_b W o z_g + lam_a V o z_f.
-    normalised_f: [B, max_iterations, n] the potential that makes the rows of V sum to 1: f_history, if f was made from the
-    g before it.
+    It is P o (plan_factors [B] + cost_factors [B] C), with the plan P of the potentials f and g, and, if f_adjoints are
+    given, what comes through the iterations: sum over them of lam_b W o z_g + lam_a V o z_f. normalised_f: [B,
+    max_iterations, n] the potential that makes the rows of V sum to 1: f_history, if f was made from the g before it.
     """
     problem = tl.program_id(0)
     n, m = problem_lengths(row_lengths, column_lengths, problem, rows, columns)

@@ -70,7 +70,9 @@ def test_equal_rows_masked_vocabulary_and_tokens(interpreter: Worker) -> None:
     value, grad_student, grad_teacher = interpreter(call, "sorted_l1", (student, teacher), upstream, {"mask": mask})
     assert value[1] == value[4] == 0
     for gradient in (grad_student, grad_teacher):
-        assert (gradient[1] == 0).all() and (gradient[4] == 0).all() and gradient.isfinite().all()
+        assert (gradient[1] == 0).all()
+        assert (gradient[4] == 0).all()
+        assert gradient.isfinite().all()
     assert (grad_student[2, ::3] == 0).all()
     check_rows(interpreter, student[:4], teacher[:4])
 
@@ -84,7 +86,8 @@ def test_bound_and_no_rows(interpreter: Worker) -> None:
     value, *gradients = interpreter(
         interpreted_transport.rows, "sorted_l1", (student[:0], teacher[:0]), torch.ones(0), {}
     )
-    assert value.shape == (0,) and [tuple(each.shape) for each in gradients] == [(0, 70), (0, 95)]
+    assert value.shape == (0,)
+    assert [tuple(each.shape) for each in gradients] == [(0, 70), (0, 95)]
 
 
 @pytest.mark.slow

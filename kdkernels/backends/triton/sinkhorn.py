@@ -61,7 +61,7 @@ class Batch(NamedTuple):
         tiling = load_kernels().tiling.choose_cost_tiling(*self.cost.shape[1:], warp_size())
         sides = tiling.rows, tiling.columns
         fits = math.prod(sides) <= largest[self.a.element_size()]
-        return fits and max(sides) <= load_kernels().tiling.LONGEST_SIDE
+        return bool(fits and max(sides) <= load_kernels().tiling.LONGEST_SIDE)
 
     def tile(self, on_chip: bool, solving: bool = False) -> dict[str, Any]:
         """The constants of a kernel that say how a problem is cut up, and its warps."""
@@ -434,10 +434,11 @@ def cost_gradient(
     batch, n, m = problems.cost.shape
     tile = problems.tile(on_chip=False)
     blocks = -(-n // (tile["ROW_STEPS"] * tile["ROW_LANES"])), -(-m // (tile["COLUMN_STEPS"] * tile["COLUMN_LANES"]))
+    grid = (batch, *blocks)
     names = Adjoints._fields[: Adjoints._fields.index("grad_a")]
     through = dict.fromkeys(names) if adjoints is None else {name: getattr(adjoints, name) for name in names}
     with on_device_of(grad_cost):
-        load_kernels().sinkhorn.sinkhorn_cost_gradient_kernel[(batch, *blocks)](
+        load_kernels().sinkhorn.sinkhorn_cost_gradient_kernel[grid](
             **problems.arguments,
             **problems.masses,
             **problems.reaches,
