@@ -34,6 +34,8 @@ OPERATORS = {
     "sparse_divergence",
     "sparse_divergence_backward",
     "sparse_divergence_total",
+    "token_set_log_probs",
+    "token_set_log_probs_backward",
     "token_statistics",
     "topk",
 }
@@ -196,6 +198,7 @@ def test_every_operator_is_reached_by_the_public_functions() -> None:
     calls += recorded(lambda: (kd.topk_logits(torch.zeros(2, 5), 2), kd.sample_logits(torch.zeros(2, 5), 2)))
     rows = torch.zeros(2, 5, requires_grad=True)
     calls += recorded(lambda: kd.pairwise_l1(rows, rows).sum().backward())
+    calls += recorded(lambda: kd.token_set_log_probs(rows, torch.tensor([1, 3])).sum().backward())
     cost = torch.zeros(1, 2, 2, requires_grad=True)
     calls += recorded(lambda: kd.sinkhorn(cost, epsilon=1.0).distance.sum().backward())
     assert {operator._opname for operator, _ in calls} == OPERATORS
