@@ -658,6 +658,82 @@ def test_batch_shapes_and_strides(backend: str) -> None:
     close(shared.distance[0], flat.distance[0], 1e-12)
 
 
+# --- many small problems, which share vectors ----------------------------------------------------------------------------
+
+
+def small_problems(batch: int) -> tuple[Inputs, Tensor, Tensor]:
+    """Ragged, of all sizes up to 32 and one more; with zero masses, forbidden pairs, and costs that leave the range."""
+    random = torch.Generator().manual_seed(3)
+    rows, columns = (torch.randint(1, 33, (batch,), generator=random) for _ in range(2))
+    rows[:4], columns[:4] = torch.tensor([1, 32, 33, 32]), torch.tensor([32, 1, 31, 33])
+    cost, a, b = random_problems(batch, 33, 33)
+    cost[5::6] *= 1000
+    for place, (n, m) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True)):
+        if place % 3 == 0 and min(n, m) > 3:
+            a[place, 1] = b[place, 2] = 0
+            cost[place, 1] = INFINITY
+        if place % 4 == 0 and min(n, m) > 3:
+            cost[place, 0, 1 : m - 1] = INFINITY
+        a[place] /= a[place, :n].sum()
+        b[place] /= b[place, :m].sum()
+        cost[place, n:] = cost[place, :, m:] = a[place, n:] = b[place, m:] = NAN
+    return Inputs(cost, a, b), rows, columns
+
+
+@each_precision
+def test_small_problems(dtype: torch.dtype) -> None:
+    """Every output and its unrolled gradient, problem by problem, as in the reference in float64."""
+    tolerance = 2e-4 if dtype == torch.float32 else 1e-9
+    inputs, rows, columns = small_problems(45)
+    options: dict[str, Any] = {"epsilon": 0.1, "max_iterations": 61, "gradient": "unrolled"}
+    options |= {"row_lengths": rows, "column_lengths": columns}
+    answers = []
+    for library, precision in ((kd, dtype), (kd.reference, torch.float64)):
+        leaves = Inputs(*(each.to(dtype).to(precision) for each in inputs)).leaves()
+        found = outputs(library.sinkhorn(*leaves, **options))
+        sent = upstreams(found, without_shift=False)
+        answers.append((found, gradients(found, leaves, sent)))
+    (found, grads), (expected, exact) = answers
+    for place, (n, m) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True)):
+        for name, value in expected.items():
+            close(found[name][place], value[place], tolerance)
+        for ours, truth in zip(grads, exact, strict=True):
+            close(ours[place], truth[place], tolerance)
+        assert not bool(grads[0][place, n:].any())
+        assert not bool(grads[0][place, :, m:].any())
+
+
+@each_precision
+@pytest.mark.filterwarnings("ignore:.*missed the tolerance")
+def test_small_problems_stop_by_themselves(dtype: torch.dtype) -> None:
+    """Bitwise what each is alone: its iterations, and the gradient through these."""
+    cost, a, b = random_problems(20, 6, 7).to(dtype)
+    cost = cost * torch.linspace(0.1, 2.0, 20, dtype=dtype).reshape(-1, 1, 1)
+    cost[3] *= 10_000  # leaves the range
+    options: dict[str, Any] = {"epsilon": 0.1, "tolerance": 1e-4, "max_iterations": 75, "gradient": "unrolled"}
+    leaves = Inputs(cost, a, b).leaves()
+    together = kd.sinkhorn(*leaves, **options)
+    assert len(set(together.iterations.tolist())) > 5
+    found = outputs(together)
+    sent = upstreams(found, without_shift=False)
+    del sent["plan"]  # its gradient is summed by torch, in an order of its own
+    grads = gradients(found, leaves, sent)
+    for place in range(0, 20, 3):
+        alone = Inputs(*(each[place] for each in (cost, a, b))).leaves()
+        result = kd.sinkhorn(*alone, **options)
+        assert int(result.iterations) == int(together.iterations[place])
+        mine = gradients(outputs(result), alone, {name: each[place] for name, each in sent.items()})
+        for ours, expected in zip(mine, grads, strict=True):
+            assert torch.equal(ours, expected[place])
+        exact = Inputs(*(each.detach().double() for each in alone)).leaves()
+        steps = {"epsilon": 0.1, "max_iterations": int(result.iterations), "gradient": "unrolled"}
+        truth = outputs(kd.reference.sinkhorn(*exact, **steps))
+        for ours, expected in zip(
+            mine, gradients(truth, exact, {name: each[place] for name, each in sent.items()}), strict=True
+        ):
+            close(ours, expected, 1e-9 if dtype == torch.float64 else 1e-4)
+
+
 # --- how iterations end --------------------------------------------------------------------------------------------------
 
 
@@ -738,9 +814,9 @@ def test_several_chunks_of_rows(mode: str) -> None:
 
 
 @each_mode
-@pytest.mark.parametrize(("batch", "n"), [(1, 600), (2, 300), (9, 50)])
-def test_threads_change_nothing(mode: str, batch: int, n: int) -> None:
-    inputs = random_problems(batch, n, 70).to(torch.float32)
+@pytest.mark.parametrize(("batch", "n", "m"), [(1, 600, 70), (2, 300, 70), (9, 50, 70), (70, 11, 14)])
+def test_threads_change_nothing(mode: str, batch: int, n: int, m: int) -> None:
+    inputs = random_problems(batch, n, m).to(torch.float32)
     before = torch.get_num_threads()
     answers = []
     try:
@@ -765,6 +841,7 @@ def test_instruction_sets(isa: str) -> None:
         "    for mode in tests.MODES: tests.test_accuracy_in_single_precision(variant, mode, 1.0)\n"
         "    for n, m in tests.SIZES: tests.test_eager_loop('cpu', variant, n, m)\n"
         "tests.test_several_chunks_of_rows('unrolled')\n"
+        "for dtype in (tests.torch.float32, tests.torch.float64): tests.test_small_problems(dtype)\n"
         "from kdkernels.backends import native\n"
         "print('verified', native.module.isa())\n"
     )

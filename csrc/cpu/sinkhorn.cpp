@@ -1,6 +1,4 @@
 // Sinkhorn's iterations on the CPU.
-#include <vector>
-
 #include "cpu/sinkhorn_small.h"
 
 namespace kd::KD_ISA {
@@ -305,31 +303,18 @@ bool run_problem(const SinkhornProblem& problem, int64_t index, int threads) {
 
 constexpr int32_t pending = -1;
 
-// Whether there was memory.
 template <class Real>
-bool run_small(const SinkhornProblem& problem) {
-  constexpr int64_t width = lanes<Real>;
-  std::vector<int64_t> small;
-  for (int64_t index = 0; index < problem.batch; ++index) {
-    const int64_t n = problem.row_lengths ? problem.row_lengths[index] : problem.rows;
-    const int64_t m = problem.column_lengths ? problem.column_lengths[index] : problem.columns;
-    if (SmallProblems<Real>::suits(problem, n, m)) small.push_back(index);
-  }
-  const int64_t count = static_cast<int64_t>(small.size());
-  bool done = true;
-#pragma omp parallel for num_threads(problem.threads) if (problem.threads > 1) schedule(dynamic) reduction(&& : done)
-  for (int64_t first = 0; first < count; first += width) {
-    Arena arena(SmallProblems<Real>::bytes());
-    done = arena && done;
-    if (arena) SmallProblems<Real>(problem, small.data() + first, std::min(width, count - first), arena).run();
-  }
-  return done;
+bool run_small(const SinkhornProblem& problem, const int64_t* indices, int64_t count) {
+  Arena arena(SmallProblems<Real>::bytes());
+  if (arena) SmallProblems<Real>(problem, indices, count, arena).run();
+  return static_cast<bool>(arena);
 }
 
 template <class Real>
 bool run(const SinkhornProblem& problem) {
   std::fill_n(problem.status, problem.batch, pending);
-  if (!run_small<Real>(problem)) return false;
+  const auto small = [&](const int64_t* indices, int64_t count) { return run_small<Real>(problem, indices, count); };
+  if (!each_group_of_small<Real>(problem, small)) return false;
   return each_problem(problem, [](const SinkhornProblem& problem, int64_t index, int threads) {
     return problem.status[index] != pending || run_problem<Real>(problem, index, threads);
   });

@@ -1,5 +1,5 @@
 // The gradients of Sinkhorn's iterations on the CPU.
-#include "cpu/sinkhorn.h"
+#include "cpu/sinkhorn_small_gradient.h"
 
 namespace kd::KD_ISA {
 namespace {
@@ -471,14 +471,7 @@ bool run_problem(const SinkhornGradientProblem& problem, int64_t index, int thre
   int64_t n = problem.row_lengths ? problem.row_lengths[index] : problem.rows;
   int64_t m = problem.column_lengths ? problem.column_lengths[index] : problem.columns;
   if (n == 0 || m == 0) n = m = 0;
-  // The padding; the columns of rows that count are written with them.
-  if (problem.grad_cost)
-    std::fill_n(static_cast<Real*>(problem.grad_cost) + (index * problem.rows + n) * problem.columns,
-                (problem.rows - n) * problem.columns, Real(0));
-  if (problem.grad_a)
-    std::fill_n(static_cast<Real*>(problem.grad_a) + index * problem.rows + n, problem.rows - n, Real(0));
-  if (problem.grad_b)
-    std::fill_n(static_cast<Real*>(problem.grad_b) + index * problem.columns + m, problem.columns - m, Real(0));
+  zero_padding<Real>(problem, index, n, m);
   if (n == 0) return true;
   Arena arena(Gradient<Real>::bytes(n, m));
   if (!arena) return false;
@@ -486,11 +479,26 @@ bool run_problem(const SinkhornGradientProblem& problem, int64_t index, int thre
   return true;
 }
 
+template <class Real>
+bool run(const SinkhornGradientProblem& problem) {
+  std::vector<char> done(static_cast<size_t>(problem.batch), 0);
+  if (problem.gradient == TransportGradient::unrolled) {
+    const auto small = [&](const int64_t* indices, int64_t count) {
+      Arena arena(SmallGradients<Real>::bytes(problem, indices, count));
+      if (arena) SmallGradients<Real>(problem, indices, count, arena).run(done.data());
+      return static_cast<bool>(arena);
+    };
+    if (!each_group_of_small<Real>(problem, small)) return false;
+  }
+  return each_problem(problem, [&](const SinkhornGradientProblem& problem, int64_t index, int threads) {
+    return done[static_cast<size_t>(index)] || run_problem<Real>(problem, index, threads);
+  });
+}
+
 }  // namespace
 
 bool sinkhorn_gradient(const SinkhornGradientProblem& problem) {
-  return problem.compute_double ? each_problem(problem, run_problem<double>)
-                                : each_problem(problem, run_problem<float>);
+  return problem.compute_double ? run<double>(problem) : run<float>(problem);
 }
 
 }  // namespace kd::KD_ISA

@@ -1,7 +1,9 @@
 // Small transport problems side by side, one per lane: sums over rows and columns need no shuffling then. Only what most
-// problems need: balanced, one epsilon, a start from zero, potentials that stay near their first base. A problem that needs more is left
-// for the general code, from the start.
+// problems need: balanced, one epsilon, a start from zero, potentials that stay near their first base. A problem that
+// needs more is left for the general code, from the start.
 #pragma once
+
+#include <vector>
 
 #include "cpu/sinkhorn.h"
 
@@ -15,6 +17,7 @@ class SmallProblems {
  public:
   using Full = typename Vectors<Real>::Full;
   static constexpr int64_t width = lanes<Real>;
+  // Logarithm of how large scalings and entries of the kernel may be, and how small scalings.
   static constexpr double trusted = sizeof(Real) == 4 ? 40 : 300;
 
   static bool suits(const SinkhornProblem& problem, int64_t n, int64_t m) {
@@ -48,7 +51,7 @@ class SmallProblems {
     write_results();
   }
 
- private:
+ protected:
   static constexpr Real infinity = std::numeric_limits<Real>::infinity();
 
   int64_t rows_of(int64_t lane) const {
@@ -87,6 +90,8 @@ class SmallProblems {
   void make_base() {
     const double scale = Transport<Real>::log2_e / problem_.epsilon;
     const Full none = Full{} + infinity;
+    Full& highest = *reinterpret_cast<Full*>(highest_);
+    highest = Full{} + Real(1);
     for (int64_t i = 0; i < n_; ++i) {
       Full lowest = none;
       for (int64_t j = 0; j < m_; ++j) {
@@ -115,13 +120,15 @@ class SmallProblems {
 #pragma omp simd
       for (int64_t lane = 0; lane < width; ++lane) {
         const double x = -static_cast<double>(at(g0_, j, lane)) * scale;
-        at(v_, j, lane) = math::exp2(static_cast<Real>(x < 0 ? x : 0));
+        at(v_, j, lane) = math::exp2(
+            static_cast<Real>(x < Transport<Real>::highest_exponent ? x : Transport<Real>::highest_exponent));
       }
+      highest = v_[j] > highest ? v_[j] : highest;  // more than 1 without mass only
       y_[j] = b_[j] * v_[j];
     }
     for (int64_t i = 0; i < n_; ++i) {
       u_[i] = Full{} + Real(1);
-      for (int64_t j = 0; j < m_; ++j)
+      for (int64_t j = 0; j < m_; ++j) {
 #pragma omp simd
         for (int64_t lane = 0; lane < width; ++lane) {
           const double base = static_cast<double>(at(f0_, i, lane)) + static_cast<double>(at(g0_, j, lane));
@@ -131,6 +138,8 @@ class SmallProblems {
           const Real empty = at(empty_rows_, i, lane) + at(empty_columns_, j, lane);
           at(kernel_, i * m_ + j, lane) = empty > Real(0) ? Real(0) : density;
         }
+        highest = kernel_[i * m_ + j] > highest ? kernel_[i * m_ + j] : highest;
+      }
     }
   }
 
@@ -150,18 +159,27 @@ class SmallProblems {
     for (int64_t i = 0; i < n_; i += 4) four_sums(kernel_ + i * m_, m_, 1, y_, m_, row_sums_ + i);
   }
 
-  void iterate() {
+  // Makes the iterations. With `us` [iterations, n] and `vs` [1 + iterations, m]: once more those that iterations_ says,
+  // keeping their scalings, the first of which is where v started.
+  void iterate(Full* us = nullptr, Full* vs = nullptr) {
+    int64_t limit = us ? 0 : problem_.max_iterations;
     for (int64_t lane = 0; lane < width; ++lane) {
-      lowest_[lane] = highest_[lane] = 1;
+      lowest_[lane] = 1;
       running_[lane] = left_[lane] ? Real(0) : Real(1);
-      iterations_[lane] = 0;
+      if (left_[lane] || !us) iterations_[lane] = 0;
+      limit = std::max(limit, iterations_[lane]);
     }
     const Full& running = *reinterpret_cast<const Full*>(running_);
     Full& lowest = *reinterpret_cast<Full*>(lowest_);
     Full& highest = *reinterpret_cast<Full*>(highest_);
-    for (int64_t k = 0; k < problem_.max_iterations; ++k) {
+    if (us) std::copy_n(v_, m_, vs);
+    for (int64_t k = 0; k < limit; ++k) {
       sum_rows();
-      if (problem_.tolerance > 0 && k > 0 && !stop()) break;
+      if (us) {
+        for (int64_t lane = 0; lane < width; ++lane) running_[lane] = k < iterations_[lane] ? Real(1) : Real(0);
+      } else if (problem_.tolerance > 0 && k > 0 && !stop()) {
+        break;
+      }
       for (int64_t i = 0; i < n_; ++i) {
         const Full scaling = Real(1) / (row_sums_[i] + empty_rows_[i]);
         u_[i] = running != Real(0) ? scaling : u_[i];
@@ -177,10 +195,20 @@ class SmallProblems {
         highest = v_[j] > highest ? v_[j] : highest;
         y_[j] = b_[j] * v_[j];
       }
-      for (int64_t lane = 0; lane < width; ++lane)
-        if (running_[lane] != Real(0)) iterations_[lane] = k + 1;
-      if (problem_.f_history) keep(k);
+      if (us) {
+        std::copy_n(u_, n_, us + k * n_);
+        std::copy_n(v_, m_, vs + (k + 1) * m_);
+      } else {
+        for (int64_t lane = 0; lane < width; ++lane)
+          if (running_[lane] != Real(0)) iterations_[lane] = k + 1;
+      }
     }
+  }
+
+  // Whether the results of a lane hold: nothing in it left the range of 2^-range to 2^range.
+  bool within(double range, int64_t lane) const {
+    return !left_[lane] && static_cast<double>(lowest_[lane]) >= std::exp2(-range) &&
+           static_cast<double>(highest_[lane]) <= std::exp2(range);
   }
 
   // The error of a lane, from the sums of the rows.
@@ -202,30 +230,11 @@ class SmallProblems {
     return any;
   }
 
-  void keep(int64_t iteration) {
-    const double epsilon = problem_.epsilon;
-    const auto put = [&](Full* base, Full* scaling, int64_t n, double* history, int64_t size, bool rows) {
-      for (int64_t i = 0; i < n; ++i) {
-        double potentials[width];
-#pragma omp simd
-        for (int64_t lane = 0; lane < width; ++lane)
-          potentials[lane] =
-              static_cast<double>(at(base, i, lane)) + epsilon * static_cast<double>(math::log(at(scaling, i, lane)));
-        for (int64_t lane = 0; lane < count_; ++lane)
-          if (i < (rows ? rows_of(lane) : columns_of(lane)))
-            history[(indices_[lane] * problem_.max_iterations + iteration) * size + i] = potentials[lane];
-      }
-    };
-    put(f0_, u_, n_, problem_.f_history, problem_.rows, true);
-    put(g0_, v_, m_, problem_.g_history, problem_.columns, false);
-  }
-
   void write_results() {
     sum_rows();
     const double epsilon = problem_.epsilon;
     for (int64_t lane = 0; lane < count_; ++lane) {
-      const double low = static_cast<double>(lowest_[lane]), high = static_cast<double>(highest_[lane]);
-      if (left_[lane] || !(low >= std::exp2(-trusted) && high <= std::exp2(trusted))) continue;
+      if (!within(trusted, lane)) continue;
       const int64_t index = indices_[lane], n = rows_of(lane), m = columns_of(lane);
       double distance = 0, mass = 0, value = 0, sum_a = 0, sum_b = 0;
       double* f = problem_.f + index * problem_.rows;
@@ -270,6 +279,23 @@ class SmallProblems {
   int64_t iterations_[width];
   bool left_[width];  // for the general code
 };
+
+// Calls body(indices, count) for as many problems as there are lanes, of those that suit. False: some call was.
+template <class Real, class Body>
+bool each_group_of_small(const SinkhornProblem& problem, const Body& body) {
+  std::vector<int64_t> small;
+  for (int64_t index = 0; index < problem.batch; ++index) {
+    const int64_t n = problem.row_lengths ? problem.row_lengths[index] : problem.rows;
+    const int64_t m = problem.column_lengths ? problem.column_lengths[index] : problem.columns;
+    if (SmallProblems<Real>::suits(problem, n, m)) small.push_back(index);
+  }
+  const int64_t count = static_cast<int64_t>(small.size());
+  bool done = true;
+#pragma omp parallel for num_threads(problem.threads) if (problem.threads > 1) schedule(dynamic) reduction(&& : done)
+  for (int64_t first = 0; first < count; first += lanes<Real>)
+    done = body(small.data() + first, std::min(lanes<Real>, count - first)) && done;
+  return done;
+}
 
 }  // namespace
 }  // namespace kd::KD_ISA
