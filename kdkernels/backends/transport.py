@@ -128,7 +128,7 @@ class TransportValues(NamedTuple):
     f_history: Tensor
     g_history: Tensor
     """``[B, max_iterations, n]`` and ``[B, max_iterations, m]``, of the potentials' dtype: after every iteration that was made
-    (those after are not written, nor are problems whose iterations the backward makes once more); or ``[B, 0, n]`` and
+    (zeros where nothing was kept: past the last, and of problems whose iterations the backward makes again); or ``[B, 0, n]`` and
     ``[B, 0, m]``."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,6 +50,11 @@ def potentials_arguments(values: TransportValues) -> tuple[int, ...]:
     return values.f.data_ptr(), values.g.data_ptr(), values.iterations.data_ptr(), *histories
 
 
+def history(batch: int, steps: int, size: int) -> Tensor:
+    """Zeros, of which the system makes only those pages that are written, as torch's own do not."""
+    return torch.from_numpy(np.zeros((batch, steps, size)))
+
+
 def sinkhorn_forward(cost: Tensor, a: Tensor, b: Tensor, spec: TransportSpec, keep_history: bool) -> TransportValues:
     batch, n, m = cost.shape
     steps = spec.max_iterations if keep_history else 0
@@ -60,8 +66,8 @@ def sinkhorn_forward(cost: Tensor, a: Tensor, b: Tensor, spec: TransportSpec, ke
         iterations=a.new_empty(batch, dtype=torch.int64),
         error=a.new_empty(batch),
         status=a.new_empty(batch, dtype=torch.int32),
-        f_history=a.new_empty(batch, steps, n, dtype=SINKHORN_POTENTIALS),
-        g_history=a.new_empty(batch, steps, m, dtype=SINKHORN_POTENTIALS),
+        f_history=history(batch, steps, n),
+        g_history=history(batch, steps, m),
     )
     cost = cost.to(a.dtype)
     module().sinkhorn(

@@ -110,8 +110,8 @@ def sinkhorn_forward(cost: Tensor, a: Tensor, b: Tensor, spec: TransportSpec, ke
         iterations=torch.zeros(batch, dtype=torch.int64, device=a.device),
         error=a.new_zeros(batch),
         status=torch.zeros(batch, dtype=torch.int32, device=a.device),
-        f_history=a.new_empty(batch, steps, n),
-        g_history=a.new_empty(batch, steps, m),
+        f_history=a.new_zeros(batch, steps, n),
+        g_history=a.new_zeros(batch, steps, m),
     )
     if 0 in cost.shape:
         return values
