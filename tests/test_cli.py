@@ -129,6 +129,7 @@ def scale_gradients(*gradients: torch.Tensor | None) -> None:
 
 
 @needs_native
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "spoil", "operation", "quantity"),
     [
@@ -247,6 +248,7 @@ def test_a_missing_gpu_is_not_measured(command: str) -> None:
 # --- bench --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(contenders, "package_version", lambda name: None)
@@ -268,6 +270,7 @@ def test_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_bench_takes_the_sizes_of_a_model(tmp_path: Path) -> None:
     arguments = ["bench", "--model", "smollm2", "--tokens", "1", "--contender", "kdkernels", "--operation", "head"]
     result = invoke(*arguments, "--seconds", "0", "--no-memory", "--out", str(tmp_path))

@@ -283,6 +283,7 @@ def test_native_build_that_is_demanded_but_impossible_fails(builder: Environment
         builder.run(*build, KDKERNELS_CPU="1", CXX="there-is-no-such-compiler")
 
 
+@pytest.mark.slow
 @needs_native
 def test_extension_shares_the_openmp_runtime_of_torch() -> None:
     """torch's CPU wheels carry libgomp.so.1; the extension must use that copy and not load the system's beside it."""
@@ -294,6 +295,7 @@ def test_extension_shares_the_openmp_runtime_of_torch() -> None:
     assert len(finished.stdout.split()) == 1, finished.stdout
 
 
+@pytest.mark.slow
 def test_a_disabled_extension_says_so() -> None:
     script = "from kdkernels.backends import native; print(native.module, native.reason)"
     environment = {**os.environ, "KDKERNELS_DISABLE_NATIVE": "1", "PYTHONWARNINGS": "ignore"}

@@ -133,6 +133,7 @@ def test_ignored_labels() -> None:
     assert torch.equal(kd.token_log_probs(logits[2:], labels[2:].long(), ignore_index=5), torch.zeros(1))
 
 
+@pytest.mark.slow
 @each_function
 def test_gradcheck(function: Callable[..., Tensor], formula: Formula) -> None:
     logits = random_logits(VOCAB, torch.float64, rows=2)[0].requires_grad_()

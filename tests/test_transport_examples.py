@@ -94,6 +94,7 @@ def test_batches_hold_every_byte_once(mistral: mistral_vocabulary.MistralTokeniz
     assert int(batch.chunks.counts.min()) > 1
 
 
+@pytest.mark.slow
 def test_embeddings_start_as_means(teacher: torch.nn.Module, mistral: mistral_vocabulary.MistralTokenizer) -> None:
     spell = [[1, 2, 2] if token == 5 else [] if token == 7 else [token % VOCABULARY] for token in range(len(mistral))]
     student = mistral_vocabulary.revocabulate(teacher, mistral, spell)

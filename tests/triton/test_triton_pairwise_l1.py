@@ -49,6 +49,7 @@ def check_rows(interpreter: Worker, student: Tensor, teacher: Tensor, **options:
     return found
 
 
+@pytest.mark.slow
 def test_pairs_of_rows(interpreter: Worker) -> None:
     check_rows(interpreter, logits(3, 70).float(), logits(5, 70, seed=1).float())
 
@@ -139,6 +140,7 @@ CASES += [case("pairwise_l1_backward", "sm_90", "fp32", cap=True)]
 CASES += [case("pairwise_normalisers", target, "bf16") for target in ("sm_80", "gfx942")]
 
 
+@pytest.mark.slow
 def test_compiles_without_spills(compiler: Worker) -> None:
     assert compiler(aot_transport.compiled_resources, SMOKE)["spilled_bytes"] == 0
 

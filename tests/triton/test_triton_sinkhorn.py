@@ -85,7 +85,7 @@ def compare(interpreter: Worker, given: Problem, options: dict[str, Any], stream
     return ours
 
 
-@pytest.mark.parametrize("streamed", [False, True], ids=["on_chip", "streamed"])
+@pytest.mark.parametrize("streamed", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["on_chip", "streamed"])
 def test_iterations_and_their_gradient(interpreter: Worker, streamed: bool) -> None:
     compare(interpreter, problem(1, 5, 9), BALANCED | {"max_iterations": 2, "gradient": "unrolled"}, streamed)
 

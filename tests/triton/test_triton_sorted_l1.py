@@ -44,6 +44,7 @@ def check_rows(interpreter: Worker, student: Tensor, teacher: Tensor, **options:
     return found
 
 
+@pytest.mark.slow
 def test_rows(interpreter: Worker) -> None:
     check_rows(interpreter, logits(2, 70).float(), logits(2, 95, seed=1).float())
 
