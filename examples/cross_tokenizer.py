@@ -1,6 +1,6 @@
 """Distil across tokenizers: teacher and student read the same text in different tokens.
 
-    python examples/cross_tokenizer.py                          # eight minutes on two CPU cores
+    python examples/cross_tokenizer.py                          # six minutes on two CPU cores
     python examples/cross_tokenizer.py --losses alm --steps 20 --student-layers 30 --out out/transfer
 
 The teacher is SmolLM2-135M-Instruct (byte-level BPE, 49,152 tokens). The student is cut from it and given the vocabulary of
