@@ -95,28 +95,35 @@ def moving_average(values: list[float], width: int) -> list[float]:
 
 
 @contextmanager
-def two_panels(file: Path, training_title: str) -> Iterator[tuple[Axes, Axes]]:
-    """A picture with axes for the training loss and for the KL on held-out text, which the block fills."""
+def row_of_axes(file: Path, count: int, *, width: float, height: float) -> Iterator[list[Axes]]:
+    """A picture of ``count`` axes beside each other, each so many inches wide and high, which the block fills."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * count, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    yield list(figure.subplots(1, count, squeeze=False)[0])
+    figure.savefig(file)
+
+
+@contextmanager
+def two_panels(file: Path, training_title: str) -> Iterator[tuple[Axes, Axes]]:
+    """A picture with axes for the training loss and for the KL on held-out text, which the block fills."""
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    training, held_out = figure.subplots(1, 2)
-    training.set_title(training_title)
-    training.set_ylabel("mean per token")
-    held_out.set_title("KL(teacher || student) on held-out text")
-    held_out.set_ylabel("nats per token")
-    yield training, held_out
-    for axes in (training, held_out):
-        axes.set_xlabel("step")
-        axes.margins(x=0.08, y=0.12)
-        axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file)
+    with row_of_axes(file, 2, width=5, height=4) as (training, held_out):
+        training.set_title(training_title)
+        training.set_ylabel("mean per token")
+        held_out.set_title("KL(teacher || student) on held-out text")
+        held_out.set_ylabel("nats per token")
+        yield training, held_out
+        for axes in (training, held_out):
+            axes.set_xlabel("step")
+            axes.margins(x=0.08, y=0.12)
+            axes.set_ylim(bottom=0)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw_curves(results: Results, file: Path) -> None:

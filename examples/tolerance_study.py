@@ -17,8 +17,7 @@ import copy
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -31,7 +30,7 @@ import typer
 from distill_lm import prepare_folder
 from distillation_job import TEACHER_LAYERS, pick_evenly, shuffled_batches
 from evaluation import HeldOut
-from results import moving_average, write_json
+from results import moving_average, row_of_axes, write_json
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -143,23 +142,8 @@ def mean_by_step(series: list[list[float]]) -> list[float]:
     return [statistics.fmean(values) for values in zip(*series, strict=True)]
 
 
-@contextmanager
-def panels(file: Path, count: int) -> Iterator[list]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * count, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(1, count))
-    yield axes
-    for each in axes:
-        each.grid(alpha=0.25)
-        each.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file)
-
-
 def draw(runs: list[Run], names: list[str], file: Path) -> None:
-    with panels(file, 4) as (curves, spread, density, seconds):
+    with row_of_axes(file, 4, width=5, height=4) as (curves, spread, density, seconds):
         curves.set(
             title="KL(teacher || student) on held-out text", xlabel="step", ylabel="nats per token", yscale="log"
         )
@@ -182,6 +166,9 @@ def draw(runs: list[Run], names: list[str], file: Path) -> None:
         seconds.set_ylim(bottom=0)
         for axes in (curves, density, seconds):
             axes.legend(frameon=False)
+        for axes in (curves, spread, density, seconds):
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
 
 
 def summary(runs: list[Run], names: list[str]) -> Table:

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +26,7 @@ import smollm2
 import torch
 import typer
 from distill_lm import prepare_folder
+from results import row_of_axes
 from rich.console import Console
 from torch import Tensor
 
@@ -43,17 +42,6 @@ REACHES = (None, 0.3, 0.03)
 ITERATIONS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500)
 LARGEST_ERROR = 2.0  # of two distributions; while epsilon is annealed there is more
 console = Console()
-
-
-@contextmanager
-def row_of_axes(file: Path, count: int, *, width: float = 4.2, height: float = 4.2) -> Iterator[list[Axes]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * count, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    yield list(figure.subplots(1, count, squeeze=False)[0])
-    figure.savefig(file)
 
 
 def bumps(points: Tensor, centres: tuple[float, ...], widths: tuple[float, ...], masses: tuple[float, ...]) -> Tensor:
@@ -89,7 +77,7 @@ def draw_plan(axes: Axes, plan: Tensor, a: Tensor, b: Tensor, title: str) -> Non
 
 def epsilon_picture(file: Path) -> None:
     _, cost, a, b = line_problem()
-    with row_of_axes(file, len(EPSILONS)) as panels:
+    with row_of_axes(file, len(EPSILONS), width=4.2, height=4.2) as panels:
         for axes, epsilon in zip(panels, EPSILONS, strict=True):
             found = kd.sinkhorn(cost, a, b, epsilon=epsilon, max_iterations=5000, tolerance=1e-5, epsilon_start=1.0)
             title = f"epsilon = {epsilon:g}: distance {found.distance.item():.4f}"
@@ -98,7 +86,7 @@ def epsilon_picture(file: Path) -> None:
 
 def reach_picture(file: Path) -> None:
     _, cost, a, b = line_problem()
-    with row_of_axes(file, len(REACHES)) as panels:
+    with row_of_axes(file, len(REACHES), width=4.2, height=4.2) as panels:
         for axes, reach in zip(panels, REACHES, strict=True):
             found = kd.sinkhorn(cost, a, b, epsilon=0.003, max_iterations=5000, tolerance=1e-5, unbalanced=reach)
             plan = found.plan()
@@ -115,7 +103,7 @@ def errors(cost: Tensor, a: Tensor, b: Tensor, epsilon: float, **options: object
 
 def convergence_picture(file: Path) -> None:
     _, cost, a, b = line_problem()
-    with row_of_axes(file, 2, width=5.4) as (by_epsilon, tricks):
+    with row_of_axes(file, 2, width=5.4, height=4.2) as (by_epsilon, tricks):
         for epsilon, color in zip(EPSILONS, ("tab:blue", "tab:orange", "tab:green"), strict=True):
             by_epsilon.loglog(
                 ITERATIONS, errors(cost, a, b, epsilon), "o-", color=color, label=f"epsilon = {epsilon:g}"
