@@ -11,11 +11,9 @@ from torch import Tensor
 from kdkernels.backends.chunked_head import Head, Needs, SideGradients, active_index, chunks, only_active, spread
 from kdkernels.backends.rows import RowSpec, Side, compute_dtype, row_temperature
 from kdkernels.backends.sparse_rows import NOTHING
+from kdkernels.reference.rows import effective_logits
 
 __all__ = ["gradients", "values"]
-
-LOGIT_FLOOR = -1e5
-"""As in the reference: masked vocabulary gets probability 0 and everything stays finite."""
 
 BLOCK_BYTES = 4 << 20
 """Of the rows that are worked on at a time on the CPU."""
@@ -39,10 +37,8 @@ class Parts(NamedTuple):
 
 
 def parts(logits: Tensor, members: Tensor, spec: RowSpec) -> Parts:
-    whole = logits.to(compute_dtype(logits, None))
-    if spec.student_softcap:
-        whole = spec.student_softcap * torch.tanh(whole / spec.student_softcap)
-    whole = whole.clamp(min=LOGIT_FLOOR) / row_temperature(spec.student_temperature, spec.student_temperatures)
+    whole = effective_logits(logits, spec.student_softcap, compute_dtype(logits, None))
+    whole = whole / row_temperature(spec.student_temperature, spec.student_temperatures)
     largest = whole.amax(-1, keepdim=True)
     probabilities = (whole - largest).exp_()
     total = probabilities.sum(-1, keepdim=True)
