@@ -59,6 +59,7 @@ from torch import Tensor
 
 __all__ = [
     "STATISTICS",
+    "Composition",
     "PairSpec",
     "RowSpec",
     "Scales",
@@ -69,6 +70,38 @@ __all__ = [
 ]
 
 
+class Composition(NamedTuple):
+    """How the logits of a side are made from those of several sources as they are read.
+
+    With z_0 the side's own logits and z_1.. those of ``others``, each after its softcap and with coefficients c, entry v is
+    ``sum_i c_i z_i[v]``, or ``log sum_i exp(c_i z_i[v] + o_i)`` where ``offsets`` are given; then ``class_bias[v]`` is added,
+    ``bounds`` clip it, and where v is one of the row's ``columns`` its value replaces it. A source whose coefficient (and
+    offset, -inf) leaves it out is not read. Nothing of this has a gradient but z_0, through everything but ``offsets``.
+    Tensors that are None do nothing; those of numbers are of the compute type, on the device, contiguous.
+    """
+
+    others: tuple[Side, ...] = ()
+    coefficients: Tensor | None = None
+    """[N, 1 + len(others)]; None: ones."""
+    offsets: Tensor | None = None
+    """[N, 1 + len(others)]."""
+    class_bias: Tensor | None = None
+    """[V]."""
+    bounds: Tensor | None = None
+    """[N, 2]: the lowest and the highest value."""
+    columns: Tensor | None = None
+    """int64 [N, R], R at most 2; -1: none."""
+    values: Tensor | None = None
+    """[N, R]."""
+
+    def take(self, index: slice | Tensor) -> Composition:
+        """That of some of the rows."""
+        return Composition(
+            tuple(other._replace(tensor=other.tensor[index]) for other in self.others),
+            *(tensor if tensor is None or tensor is self.class_bias else tensor[index] for tensor in self[1:]),
+        )
+
+
 class RowSpec(NamedTuple):
     """Everything about the rows but their logits.
 
@@ -76,6 +109,11 @@ class RowSpec(NamedTuple):
     A softcap of 0 means none. ``labels`` are given only where the hard-label term is wanted. ``gradient_tolerance`` and
     ``gradient_seed`` (int64, 0-d, on the CPU; given for stochastic rounding) say what a head's logit gradient may leave
     out, see ``gradient_entries``; ``first_row`` is the number of the first row among all rows, which that draws on.
+
+    ``parameters`` ``[N]`` stand in the place of ``a``. Where ``targets`` (int64 ``[N]``, -1: none) are given, that column is
+    left out of both softmaxes, N(p) and N(q); the value is ``rest_weight D(N(p), N(q)) + target_weight B`` with B the
+    divergence ``KL`` of the two outcomes (target or not) of p from those of q, and both weights ``[N]`` or a number. The
+    compositions say how a side's logits are made.
     """
 
     kind: int
@@ -92,6 +130,14 @@ class RowSpec(NamedTuple):
     gradient_tolerance: float = 0.0
     gradient_seed: Tensor | None = None
     first_row: int = 0
+    parameters: Tensor | None = None
+    targets: Tensor | None = None
+    target_weight: float = 1.0
+    target_weights: Tensor | None = None
+    rest_weight: float = 1.0
+    rest_weights: Tensor | None = None
+    student_composition: Composition | None = None
+    teacher_composition: Composition | None = None
 
     def take(self, index: slice | Tensor) -> RowSpec:
         """The specification of some of the rows."""
@@ -104,6 +150,12 @@ class RowSpec(NamedTuple):
             teacher_temperatures=pick(self.teacher_temperatures),
             labels=pick(self.labels),
             active=pick(self.active),
+            parameters=pick(self.parameters),
+            targets=pick(self.targets),
+            target_weights=pick(self.target_weights),
+            rest_weights=pick(self.rest_weights),
+            student_composition=None if self.student_composition is None else self.student_composition.take(index),
+            teacher_composition=None if self.teacher_composition is None else self.teacher_composition.take(index),
             first_row=self.first_row + (index.start if isinstance(index, slice) else 0),
         )
 

@@ -17,7 +17,7 @@ from kdkernels.arguments import Problem
 from kdkernels.backends import HAVE_TOTAL, row_backend
 from kdkernels.backends.rows import RowSpec, Scales, compute_dtype
 from kdkernels.ops.eager import save, saved, take_scaled, traced
-from kdkernels.ops.schema import SPEC, TAGS, as_numbers, has_labels, pack_spec, spec_gradients, unpack_spec
+from kdkernels.ops.schema import SPEC, SPEC_LENGTH, TAGS, as_numbers, has_labels, pack_spec, spec_gradients, unpack_spec
 from kdkernels.ops.second_order import differentiable_gradients
 from kdkernels.reference import rows as reference
 
@@ -123,7 +123,7 @@ def backward_rows(
             student, teacher, statistics, grad_divergence, grad_cross_entropy, *wanted, ctx.backend, *packed
         )
         gradients = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
-    return *gradients, None, *spec_gradients()
+    return *gradients, None, *spec_gradients(ctx)
 
 
 def second_order(
@@ -212,7 +212,6 @@ def setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
-    ctx.arguments = len(inputs)
 
 
 def backward_total(ctx: Any, grad_total: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -222,7 +221,7 @@ def backward_total(ctx: Any, grad_total: Tensor | None, *_: Any) -> tuple[Any, .
         grad_student * grad_total if needs[0] and grad_total is not None else None,
         grad_teacher * grad_total if needs[1] and grad_total is not None else None,
     )
-    return *gradients, *(None,) * (ctx.arguments - 2)
+    return *gradients, *(None,) * (len(ctx.needs_input_grad) - 2 - SPEC_LENGTH), *spec_gradients(ctx)
 
 
 divergence_total_op.register_autograd(backward_total, setup_context=setup_total)

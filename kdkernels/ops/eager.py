@@ -29,23 +29,30 @@ def traced(*tensors: Tensor | None) -> bool:
     return bool(_dispatch_stack())
 
 
-def save(ctx: Any, *tensors: Tensor | None) -> None:
-    """``ctx.save_for_backward``, also for tensors made in inference mode, such as a teacher's.
+def save(ctx: Any, *tensors: Tensor | list[Tensor | None] | None) -> None:
+    """``ctx.save_for_backward``, also for lists of tensors, and for tensors made in inference mode, such as a teacher's.
 
     Torch refuses to save these because their versions are not counted; outside inference mode nothing can modify them.
     """
+    ctx.lists = {place: len(entry) for place, entry in enumerate(tensors) if isinstance(entry, list)}
+    flat = [tensor for entry in tensors for tensor in (entry if isinstance(entry, list) else (entry,))]
     ctx.unversioned = {
-        place: tensor for place, tensor in enumerate(tensors) if tensor is not None and tensor.is_inference()
+        place: tensor for place, tensor in enumerate(flat) if tensor is not None and tensor.is_inference()
     }
-    ctx.save_for_backward(*(None if place in ctx.unversioned else tensor for place, tensor in enumerate(tensors)))
+    ctx.save_for_backward(*(None if place in ctx.unversioned else tensor for place, tensor in enumerate(flat)))
 
 
 def saved(ctx: Any) -> tuple[Any, ...]:
     """What ``save`` was given."""
     tensors: tuple[Any, ...] = ctx.saved_tensors
-    if not ctx.unversioned:
+    if ctx.unversioned:
+        tensors = tuple(ctx.unversioned.get(place, tensor) for place, tensor in enumerate(tensors))
+    if not ctx.lists:
         return tensors
-    return tuple(ctx.unversioned.get(place, tensor) for place, tensor in enumerate(tensors))
+    entries: list[Any] = list(tensors)
+    for place, length in ctx.lists.items():  # by rising place, so that what stands before is folded already
+        entries[place : place + length] = [entries[place : place + length]]
+    return tuple(entries)
 
 
 def take(ctx: Any) -> tuple[list[Tensor | None], bool]:

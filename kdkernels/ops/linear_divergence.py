@@ -38,7 +38,6 @@ from kdkernels.reference import rows as reference
 __all__ = ["rows", "total"]
 
 OPTIONS = f"int? memory_budget, str backend, {SPEC}"
-OPTIONS_LENGTH = 2 + len(spec_gradients())
 
 
 def values_like(sides: Arguments, packed: Arguments) -> tuple[Tensor, Tensor]:
@@ -141,7 +140,7 @@ def backward_rows(ctx: Any, grad_divergence: Tensor | None, grad_cross_entropy: 
             *sides, grad_divergence, grad_cross_entropy, wanted, memory_budget, backend, *packed
         )
         gradients = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
-    return *scattered(gradients), None, None, *spec_gradients()
+    return *scattered(gradients), None, None, *spec_gradients(ctx)
 
 
 linear_divergence_op.register_autograd(backward_rows, setup_context=setup_rows)
@@ -211,7 +210,7 @@ def setup_total(ctx: Any, inputs: Arguments, output: tuple[Tensor, Tensor, Tenso
 
 def backward_total(ctx: Any, grad_total: Tensor | None, *_: Any) -> Arguments:
     if grad_total is None:
-        return (None,) * (SIDES_LENGTH + 3 + OPTIONS_LENGTH)
+        return *(None,) * (SIDES_LENGTH + 5), *spec_gradients(ctx)
     divergence, cross_entropy, *gradients = ctx.saved_tensors
     scaled = [
         gradient * grad_total if ctx.needs_input_grad[place] else None
@@ -223,7 +222,9 @@ def backward_total(ctx: Any, grad_total: Tensor | None, *_: Any) -> Arguments:
         divergence * grad_total if needs[0] else None,
         cross_entropy * grad_total if ctx.has_labels and needs[1] else None,
         None,
-        *(None,) * OPTIONS_LENGTH,
+        None,
+        None,
+        *spec_gradients(ctx),
     )
 
 

@@ -37,7 +37,6 @@ from kdkernels.reference.sorted_l1 import distance
 __all__ = ["rows"]
 
 OPTIONS = f"Tensor error_bound, int? memory_budget, str backend, {SPEC}"
-OPTIONS_LENGTH = 3 + len(spec_gradients())
 
 
 def compute(
@@ -148,7 +147,7 @@ def backward_rows(ctx: Any, grad_values: Tensor | None, *_: Any) -> Arguments:
     elif grad_values is not None:
         column = grad_values.unsqueeze(-1)
         gradients = [made * column if want else None for made, want in zip(ctx.gradients, wanted, strict=True)]
-    return *scattered(gradients), None, *(None,) * OPTIONS_LENGTH
+    return *scattered(gradients), *(None,) * 4, *spec_gradients(ctx)
 
 
 sorted_l1_op.register_autograd(backward_rows, setup_context=setup)
@@ -174,7 +173,7 @@ class Rows(torch.autograd.Function):
             gradients = not_made(ctx, grad_values, wanted)
         elif grad_values is not None:
             gradients = take_scaled_rows(ctx, grad_values)
-        return *scattered(gradients), None, *(None,) * OPTIONS_LENGTH
+        return *scattered(gradients), *(None,) * 4, *spec_gradients(ctx)
 
 
 def made_in_forward(sides: Arguments, wanted: list[bool]) -> list[bool]:

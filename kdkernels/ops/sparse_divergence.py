@@ -19,7 +19,7 @@ from kdkernels.backends.chunked_head import Needs, SideGradients
 from kdkernels.backends.rows import RowSpec, Scales, Side, compute_dtype
 from kdkernels.backends.sparse_rows import Records, SparseRows
 from kdkernels.ops.eager import save, saved, take_scaled, traced
-from kdkernels.ops.schema import SPEC, TAGS, has_labels, pack_spec, spec_gradients, unpack_spec
+from kdkernels.ops.schema import SPEC, SPEC_LENGTH, TAGS, has_labels, pack_spec, spec_gradients, unpack_spec
 from kdkernels.ops.second_order import differentiable_gradients
 from kdkernels.reductions import weighted_sum
 from kdkernels.reference import rows as reference
@@ -34,7 +34,6 @@ STUDENTS = 3
 """The tensors of the student, which lead the arguments of ``SIDE``."""
 SIDE_LENGTH = STUDENTS + 1
 TEACHER_LENGTH = 7
-OPTIONS_LENGTH = 2 + len(spec_gradients())
 
 Arguments = tuple[Any, ...]
 
@@ -99,7 +98,7 @@ sparse_divergence_op = torch.library.custom_op(
 
 @sparse_divergence_op.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return values_like(arguments[0], arguments[-len(spec_gradients()) :])
+    return values_like(arguments[0], arguments[-SPEC_LENGTH:])
 
 
 def with_gradients(
@@ -186,7 +185,7 @@ def backward_rows(ctx: Any, grad_divergence: Tensor | None, grad_cross_entropy: 
             *packed,
         )
         gradients = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
-    return *gradients, *(None,) * (1 + TEACHER_LENGTH + OPTIONS_LENGTH)
+    return *gradients, *(None,) * (3 + TEACHER_LENGTH), *spec_gradients(ctx)
 
 
 sparse_divergence_op.register_autograd(backward_rows, setup_context=setup_rows)
@@ -241,7 +240,7 @@ sparse_divergence_total_op = torch.library.custom_op(
 
 @sparse_divergence_total_op.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    values = values_like(arguments[0], arguments[-len(spec_gradients()) :])
+    values = values_like(arguments[0], arguments[-SPEC_LENGTH:])
     return values[0].new_empty(()), *values, gradients_like(arguments, arguments[SIDE_LENGTH + TEACHER_LENGTH + 2])
 
 
@@ -254,7 +253,7 @@ def setup_total(ctx: Any, inputs: Arguments, output: tuple[Tensor, Tensor, Tenso
 def backward_total(ctx: Any, grad_total: Tensor | None, *_: Any) -> Arguments:
     behind = SIDE_LENGTH + TEACHER_LENGTH
     if grad_total is None:
-        return (None,) * (behind + 3 + OPTIONS_LENGTH)
+        return *(None,) * (behind + 5), *spec_gradients(ctx)
     divergence, cross_entropy, *gradients = ctx.saved_tensors
     needs = ctx.needs_input_grad
     scaled = [
@@ -266,7 +265,9 @@ def backward_total(ctx: Any, grad_total: Tensor | None, *_: Any) -> Arguments:
         divergence * grad_total if needs[behind] else None,
         cross_entropy * grad_total if ctx.has_labels and needs[behind + 1] else None,
         None,
-        *(None,) * OPTIONS_LENGTH,
+        None,
+        None,
+        *spec_gradients(ctx),
     )
 
 

@@ -82,7 +82,7 @@ def backward_rows(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
             *arguments[: TENSORS + 1], upstream.contiguous(), wanted, *arguments[TENSORS + 1 :]
         )
         gradients = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
-    return *gradients, None, None, None, *spec_gradients()
+    return *gradients, None, None, None, *spec_gradients(ctx)
 
 
 def second_order(
