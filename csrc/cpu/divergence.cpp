@@ -54,8 +54,10 @@ class Row {
       : problem_(problem),
         scratch_(scratch),
         row_(row),
-        student_(problem.student, row, problem.student_softcap, per_row<Real>(problem.student_temperature, row)),
-        teacher_(problem.teacher, row, problem.teacher_softcap, per_row<Real>(problem.teacher_temperature, row)),
+        student_(problem.student, row, problem.student_softcap, per_row<Real>(problem.student_temperature, row),
+                 problem.student_composition),
+        teacher_(problem.teacher, row, problem.teacher_softcap, per_row<Real>(problem.teacher_temperature, row),
+                 problem.teacher_composition),
         a_(static_cast<Real>(problem.a)),
         b_(static_cast<Real>(problem.b)),
         label_temperature_differs_(problem.labels && student_.inverse_temperature != 1) {}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.backends.cpu.launching import DTYPES, FLOAT64, address, module
+from kdkernels.backends.cpu.launching import DTYPES, FLOAT64, address, composition, module
 from kdkernels.backends.gradient_entries import EntryLists
 from kdkernels.backends.rows import RowSpec, Scales, compute_dtype
 
@@ -95,6 +95,8 @@ def _launch(
         *lists_arguments(lists[0]),
         *lists_arguments(lists[1]),
         *rounding_arguments(spec),
+        composition(spec.student_composition),
+        composition(spec.teacher_composition),
     )
 
 
