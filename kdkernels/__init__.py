@@ -37,7 +37,7 @@ from kdkernels.functional import (
     topk_logits,
     unpack,
 )
-from kdkernels.sources import LMHead, Logits, PackedLogits, SampledLogits, TopKLogits
+from kdkernels.sources import LMHead, LogitMixture, Logits, PackedLogits, SampledLogits, TopKLogits
 from kdkernels.statistics import TokenStatistics
 from kdkernels.transport import SinkhornResult
 
@@ -59,6 +59,7 @@ __all__ = [
     "Hellinger",
     "Jeffreys",
     "LMHead",
+    "LogitMixture",
     "Logits",
     "PackedLogits",
     "Renyi",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,9 +12,14 @@ from kdkernels.checks import check_choice, check_flag, check_floating, check_int
 
 __all__ = [
     "CODECS",
+    "MAX_REPLACED",
+    "MAX_SOURCES",
     "MAX_VOCAB_SIZE",
+    "SPACES",
     "TAILS",
+    "DenseTeacher",
     "LMHead",
+    "LogitMixture",
     "Logits",
     "PackedLogits",
     "SampledLogits",
@@ -32,6 +37,15 @@ CODECS = ("q4", "q6", "q8", "bf16")
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """That a head may be told to compute in."""
 
+SPACES = ("logits", "probabilities")
+"""In which a mixture is formed."""
+
+MAX_SOURCES = 4
+"""Of a mixture."""
+
+MAX_REPLACED = 2
+"""Entries of a token that a mixture may replace."""
+
 MAX_VOCAB_SIZE = 1 << 24
 """Of sparse teachers: a token id takes at most 24 bits."""
 
@@ -44,16 +58,27 @@ class Logits:
         donate: permits the gradient to be written over ``tensor``, which halves the peak memory of a loss with a scalar
             reduction. The logits are then gone: nothing else may use them, and second derivatives are refused. It is a
             permission; where the kernels cannot use it, nothing happens.
+        class_bias: ``[V]``, added to the logits of every token as they are read, for class priors or a centre. It gets no
+            gradient. ``distillation_loss`` of dense teachers and ``token_statistics`` take it.
     """
 
-    __slots__ = ("donate", "tensor")
+    __slots__ = ("class_bias", "donate", "tensor")
 
-    def __init__(self, tensor: Tensor, *, donate: bool = False) -> None:
+    def __init__(self, tensor: Tensor, *, donate: bool = False, class_bias: Tensor | None = None) -> None:
         check_floating("Logits: tensor", tensor)
         if tensor.dim() < 1:
             raise ValueError("Logits: tensor must have the shape [..., V], got a 0-d tensor")
+        if class_bias is not None:
+            check_class_bias("Logits", class_bias)
         self.tensor = tensor
         self.donate = check_flag("Logits: donate", donate)
+        self.class_bias = class_bias
+
+
+def check_class_bias(owner: str, bias: Tensor) -> None:
+    check_floating(f"{owner}: class_bias", bias)
+    if bias.dim() != 1:
+        raise ValueError(f"{owner}: class_bias must have the shape [V], got {tuple(bias.shape)}")
 
 
 class LMHead:
@@ -119,6 +144,111 @@ class LMHead:
         self.logit_scale = None if logit_scale is None else check_real("LMHead: logit_scale", logit_scale)
         if self.logit_scale == 0:
             raise ValueError("LMHead: logit_scale must be a number other than 0, got 0")
+
+
+Coefficient = float | Tensor
+
+
+class LogitMixture:
+    """A teacher made of several sources of logits as the kernels read them; the mixture itself is never stored.
+
+    With the logits ``z_i`` of up to four sources and coefficients ``c_i``, a token's logits are ``sum_i c_i z_i``
+    (space="logits", which up to a constant is also the weighted mean of log-probabilities) or those of
+    ``sum_i c_i softmax(z_i / temperature)`` (space="probabilities"). To these ``class_bias`` is added, ``lower`` and ``upper``
+    clip them, and the ids ``replaced_ids`` get the values ``replacements``.
+
+    A mixture is only ever a teacher, of ``distillation_loss`` and ``token_statistics``, and is constant: no gradient flows to
+    anything it is made of, whatever requires grad. Where a coefficient is exactly 0, that source is not read for that token, so
+    that coefficients of 0 and 1 choose a teacher per token. Vocabulary that a source masks (-inf) is masked in a sum of logits
+    if its coefficient is positive, and in a mixture of probabilities if all sources mask it; clipping does not bring it back.
+    Coefficients, bounds and replacements may change from step to step and may live on the device: nothing is compiled anew
+    and nothing synchronises.
+
+    Args:
+        sources: tensors of logits ``[..., V]``, ``kd.Logits`` or ``kd.LMHead``, of the same tokens and vocabulary. If one
+            is float64, the loss must be computed in float64, that is the student or the first source be float64.
+        coefficients: per source a number, a 0-d tensor, or a tensor ``[...]`` with one per token. In the space of
+            probabilities none is negative; those are the weights of log-probabilities up to a common factor. None: the mean.
+        space: "logits" or "probabilities". The latter takes one more sweep over each source, for its normaliser.
+        temperature: number or ``[...]`` of the softmax of each source; only with space="probabilities". The temperature of
+            the loss divides the mixture's logits like any others: give ``teacher_temperature=1`` to take it as it is.
+        class_bias: ``[V]``.
+        lower, upper: number, 0-d tensor or ``[...]``: the lowest and the highest logit.
+        replaced_ids: int64 or int32 ``[...]`` or ``[..., R]``, R at most 2; -1: none.
+        replacements: the same shape: logits, in the place of what the mixture has there.
+    """
+
+    __slots__ = (
+        "class_bias",
+        "coefficients",
+        "lower",
+        "replaced_ids",
+        "replacements",
+        "sources",
+        "space",
+        "temperature",
+        "upper",
+    )
+
+    def __init__(
+        self,
+        sources: Sequence[Tensor | Logits | LMHead],
+        coefficients: Sequence[Coefficient] | None = None,
+        *,
+        space: str = "logits",
+        temperature: Coefficient = 1.0,
+        class_bias: Tensor | None = None,
+        lower: Coefficient | None = None,
+        upper: Coefficient | None = None,
+        replaced_ids: Tensor | None = None,
+        replacements: Tensor | None = None,
+    ) -> None:
+        if isinstance(sources, Tensor) or not isinstance(sources, Sequence):
+            raise TypeError(f"LogitMixture: sources must be a list of sources, got {type(sources).__name__}")
+        if not 1 <= len(sources) <= MAX_SOURCES:
+            raise ValueError(f"LogitMixture: there may be 1 to {MAX_SOURCES} sources, got {len(sources)}")
+        for place, source in enumerate(sources):
+            if not isinstance(source, Tensor | Logits | LMHead):
+                allowed = "a tensor of logits, kd.Logits or kd.LMHead"
+                raise TypeError(f"LogitMixture: sources[{place}] must be {allowed}, got {type(source).__name__}")
+            if isinstance(source, Logits) and source.class_bias is not None:
+                raise ValueError(
+                    f"LogitMixture: sources[{place}] has a class_bias of its own; give class_bias to the mixture"
+                )
+        if coefficients is not None and (
+            isinstance(coefficients, Tensor)
+            or not isinstance(coefficients, Sequence)
+            or len(coefficients) != len(sources)
+        ):
+            given = len(coefficients) if isinstance(coefficients, Sequence) else type(coefficients).__name__
+            raise ValueError(
+                f"LogitMixture: coefficients must be a list with one per source, {len(sources)}, got {given}"
+            )
+        self.sources = tuple(sources)
+        self.coefficients = None if coefficients is None else tuple(coefficients)
+        self.space = check_choice("LogitMixture: space", space, SPACES)
+        if self.space == "logits" and (isinstance(temperature, Tensor) or temperature != 1):
+            raise ValueError(
+                "LogitMixture: temperature is for space='probabilities'; in the space of logits use coefficients"
+            )
+        self.temperature = temperature
+        if class_bias is not None:
+            check_class_bias("LogitMixture", class_bias)
+        self.class_bias = class_bias
+        self.lower = lower
+        self.upper = upper
+        if (replaced_ids is None) != (replacements is None):
+            raise ValueError("LogitMixture: replaced_ids and replacements come together or not at all")
+        if replaced_ids is not None and replacements is not None:
+            check_integral("LogitMixture: replaced_ids", replaced_ids)
+            check_floating("LogitMixture: replacements", replacements)
+            if replaced_ids.shape != replacements.shape:
+                raise ValueError(
+                    "LogitMixture: replaced_ids and replacements must have the same shape, "
+                    f"got {tuple(replaced_ids.shape)} and {tuple(replacements.shape)}"
+                )
+        self.replaced_ids = replaced_ids
+        self.replacements = replacements
 
 
 def check_sparse_vocab_size(owner: str, vocab_size: object) -> int:
@@ -321,4 +451,5 @@ class PackedLogits:
 
 
 Source = Tensor | Logits | LMHead
+DenseTeacher = Source | LogitMixture
 SparseTeacher = TopKLogits | SampledLogits | PackedLogits

@@ -1,6 +1,11 @@
 // How Python calls the families `divergence` and `token_statistics`.
 #pragma once
 
+#include <pybind11/stl.h>
+
+#include <tuple>
+#include <vector>
+
 #include "bindings/launching.h"
 
 namespace kd {
@@ -35,11 +40,14 @@ void divergence(int threads, bool compute_double, int64_t rows, int64_t vocab, A
                 int64_t grad_teacher_stride, Address total, bool fresh_gradients, Address student_counts,
                 Address student_summaries, Address teacher_counts, Address teacher_summaries, double tolerance,
                 bool stochastic, uint64_t seed, int64_t first_row, Address parameters, Address targets,
-                double target_weight, Address target_weights, double rest_weight, Address rest_weights) {
+                double target_weight, Address target_weights, double rest_weight, Address rest_weights,
+                const Composition* student_composition, const Composition* teacher_composition) {
   RowProblem problem =
       sides(threads, compute_double, rows, vocab, matrix(student, student_stride, student_dtype),
             matrix(teacher, teacher_stride, teacher_dtype), per_row(student_temperature, student_temperatures),
             per_row(teacher_temperature, teacher_temperatures), student_softcap, teacher_softcap, labels, active);
+  problem.student_composition = student_composition;
+  problem.teacher_composition = teacher_composition;
   problem.kind = kind;
   problem.a = a;
   problem.b = b;
@@ -75,17 +83,41 @@ void token_statistics(int threads, bool compute_double, int64_t rows, int64_t vo
                       int64_t student_stride, int student_dtype, Address teacher, int64_t teacher_stride,
                       int teacher_dtype, double student_temperature, Address student_temperatures,
                       double teacher_temperature, Address teacher_temperatures, double student_softcap,
-                      double teacher_softcap, Address labels, Address active, Address statistics, Address argmax) {
+                      double teacher_softcap, Address labels, Address active, Address statistics, Address argmax,
+                      const Composition* student_composition, const Composition* teacher_composition) {
   RowProblem problem =
       sides(threads, compute_double, rows, vocab, matrix(student, student_stride, student_dtype),
             matrix(teacher, teacher_stride, teacher_dtype), per_row(student_temperature, student_temperatures),
             per_row(teacher_temperature, teacher_temperatures), student_softcap, teacher_softcap, labels, active);
+  problem.student_composition = student_composition;
+  problem.teacher_composition = teacher_composition;
   problem.statistics = reinterpret_cast<void*>(statistics);
   problem.argmax = reinterpret_cast<int64_t*>(argmax);
   launch(chosen().token_statistics, problem);
 }
 
+Composition composition(const std::vector<std::tuple<Address, int64_t, int, double>>& others, Address coefficients,
+                        Address offsets, Address class_bias, Address bounds, int replaced, Address columns,
+                        Address values) {
+  Composition found;
+  if (others.size() >= max_sources) throw py::value_error("too many sources");
+  for (const auto& [data, stride, dtype, softcap] : others) {
+    found.softcaps[found.sources - 1] = softcap;
+    found.others[found.sources - 1] = matrix(data, stride, dtype);
+    ++found.sources;
+  }
+  found.coefficients = reinterpret_cast<const void*>(coefficients);
+  found.offsets = reinterpret_cast<const void*>(offsets);
+  found.class_bias = reinterpret_cast<const void*>(class_bias);
+  found.bounds = reinterpret_cast<const void*>(bounds);
+  found.replaced = replaced;
+  found.columns = reinterpret_cast<const int64_t*>(columns);
+  found.values = reinterpret_cast<const void*>(values);
+  return found;
+}
+
 void bind_divergence(py::module_& module) {
+  py::class_<Composition>(module, "Composition").def(py::init(&composition));
   module.def("divergence", &divergence);
   module.def("token_statistics", &token_statistics);
 }

@@ -20,6 +20,23 @@ struct PerRow {
   double value = 0;
 };
 
+constexpr int max_sources = 4;
+
+// How the logits of a side are made of those of several sources: see kdkernels/backends/rows.py. Numbers are of the
+// compute type.
+struct Composition {
+  int sources = 1;  // with the side itself, at most max_sources
+  Matrix others[max_sources - 1];
+  double softcaps[max_sources - 1] = {};
+  const void* coefficients = nullptr;  // [rows, sources]; null: ones
+  const void* offsets = nullptr;       // [rows, sources]; null: a sum of logits
+  const void* class_bias = nullptr;    // [vocab]
+  const void* bounds = nullptr;        // [rows, 2]
+  int replaced = 0;
+  const int64_t* columns = nullptr;  // [rows, replaced]
+  const void* values = nullptr;      // [rows, replaced]
+};
+
 // A gradient wanted as lists of its large entries, beside a number that every entry gets: in the storage of each row the
 // columns, int32, and from the middle of what holds such pairs on, the values, float. See csrc/cpu/gradient_entries.h.
 struct EntryLists {
@@ -59,6 +76,8 @@ struct RowProblem {
   double teacher_softcap = 0;
   const int64_t* labels = nullptr;  // null: no hard-label term
   const uint8_t* active = nullptr;  // null: every row counts
+  const Composition* student_composition = nullptr;
+  const Composition* teacher_composition = nullptr;
 
   int kind = 0;
   double a = 0;

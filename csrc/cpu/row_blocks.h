@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 #include <initializer_list>
+#include <limits>
 
 #include "cpu/problem.h"
 #include "math/elementary.h"
@@ -292,6 +294,44 @@ inline float exp2_block<float>(const float* __restrict block, int64_t n, Temperi
 }
 #endif
 
+// `block`, clamped in `buffer` where that changes anything.
+template <class Real>
+KD_INLINE const Real* clamp_block(const Real* block, int64_t n, Real* buffer, Range<Real>& range) {
+  range = range_of(block, n);
+  constexpr Real floor = static_cast<Real>(logit_floor);
+  if (range.min < floor) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) buffer[i] = block[i] < floor ? floor : block[i];
+    block = buffer;
+  }
+  return block;
+}
+
+// A block of a row of logits, softcapped and clamped: `buffer`, or the row itself where nothing need be done.
+template <class Real>
+KD_INLINE const Real* load_logits(const Matrix& matrix, int64_t row, Real softcap, int64_t column, int64_t n,
+                                  Real* buffer, Range<Real>& range) {
+  const void* source = entry_address(matrix, row, column);
+  const Real* block = buffer;
+  if (softcap == Real(0) && matrix.dtype == (sizeof(Real) == 4 ? DType::float32 : DType::float64)) {
+    block = static_cast<const Real*>(source);
+  } else {
+    convert_block(source, matrix.dtype, n, buffer);
+    if (softcap != Real(0)) {
+      const Real inverse = Real(1) / softcap, cap = softcap;
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) buffer[i] = cap * math::tanh(buffer[i] * inverse);
+    }
+  }
+  return clamp_block(block, n, buffer, range);
+}
+
+}  // namespace kd::KD_ISA
+
+#include "cpu/compositions.h"
+
+namespace kd::KD_ISA {
+
 // One side of a row: where its logits are, and the state of its softmax as the row streams by.
 //
 // The origin of the tempered logits follows the running maximum. It is rounded once and used
@@ -302,6 +342,7 @@ struct Stream {
   int64_t row;
   Real softcap;
   double inverse_temperature;
+  const Composition* composition;  // null: the logits are those of the matrix
   Real max = static_cast<Real>(logit_floor);  // of the raw logits seen so far
   Tempering<Real> tempering;
   double sum = 0;       // of 2^tempering(x)
@@ -310,35 +351,22 @@ struct Stream {
   static constexpr double log2_e = 1.4426950408889634074;
   static constexpr double log_2 = 0.69314718055994530942;
 
-  Stream(const Matrix& matrix, int64_t row, double softcap, double temperature)
+  Stream(const Matrix& matrix, int64_t row, double softcap, double temperature,
+         const Composition* composition = nullptr)
       : matrix(matrix),
         row(row),
         softcap(static_cast<Real>(softcap)),
         inverse_temperature(1 / temperature),
+        composition(composition),
         tempering(Tempering<Real>::at(max, static_cast<Real>(log2_e / temperature))) {}
 
-  // A block of logits, softcapped and clamped: `buffer`, or the row itself where nothing need be done.
+  // A block of logits, put together, softcapped and clamped: `buffer`, or the row itself where nothing need be done.
   const Real* load(int64_t column, int64_t n, Real* buffer, Range<Real>& range) const {
-    const void* source = entry_address(matrix, row, column);
-    const Real* block = buffer;
-    if (softcap == Real(0) && matrix.dtype == (sizeof(Real) == 4 ? DType::float32 : DType::float64)) {
-      block = static_cast<const Real*>(source);
-    } else {
-      convert_block(source, matrix.dtype, n, buffer);
-      if (softcap != Real(0)) {
-        const Real inverse = Real(1) / softcap, cap = softcap;
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) buffer[i] = cap * math::tanh(buffer[i] * inverse);
-      }
+    if (composition) {
+      load_composed(*composition, matrix, softcap, row, column, n, buffer);
+      return clamp_block(buffer, n, buffer, range);
     }
-    range = range_of(block, n);
-    constexpr Real floor = static_cast<Real>(logit_floor);
-    if (range.min < floor) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) buffer[i] = block[i] < floor ? floor : block[i];
-      block = buffer;
-    }
-    return block;
+    return load_logits(matrix, row, softcap, column, n, buffer, range);
   }
 
   // Replaces a block by the exponentials of its entries, in `out`, and adds them to the sum.

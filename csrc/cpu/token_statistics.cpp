@@ -54,8 +54,10 @@ void run_row(const RowProblem& problem, int64_t row) {
     return;
   }
   const bool pair = problem.teacher.data;
-  Side<Real> student{{problem.student, row, problem.student_softcap, per_row<Real>(problem.student_temperature, row)}};
-  Side<Real> teacher{{problem.teacher, row, problem.teacher_softcap, per_row<Real>(problem.teacher_temperature, row)}};
+  Side<Real> student{{problem.student, row, problem.student_softcap, per_row<Real>(problem.student_temperature, row),
+                      problem.student_composition}};
+  Side<Real> teacher{{problem.teacher, row, problem.teacher_softcap, per_row<Real>(problem.teacher_temperature, row),
+                      problem.teacher_composition}};
   alignas(64) Real student_buffer[block_size], teacher_buffer[block_size];
   alignas(64) Real student_exp[block_size], teacher_exp[block_size];
   for (int64_t start = 0; start < problem.vocab; start += block_size) {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.arguments import sparse_teacher
+from kdkernels.arguments.compositions import first_source, with_compositions
 from kdkernels.arguments.rows import CPU, REAL_DTYPES, Problem, active_rows, pair, per_token, side, temperature
 from kdkernels.backends.rows import RowSpec
 from kdkernels.backends.sparse_rows import Policy
@@ -16,6 +17,8 @@ from kdkernels.checks import check_choice, check_flag, check_real
 from kdkernels.debugging import values_are_checked
 from kdkernels.divergences import Decoupled, Divergence, Form, Kind
 from kdkernels.sources import (
+    DenseTeacher,
+    LogitMixture,
     PackedLogits,
     SampledLogits,
     Source,
@@ -116,6 +119,22 @@ def number_or_rows(name: str, value: float | Tensor, problem: Problem) -> tuple[
     return (1.0, per_problem(name, value, problem)) if isinstance(value, Tensor) else (value, None)
 
 
+def dense_pair(
+    student: Source,
+    teacher: DenseTeacher | None,
+    form: Form,
+    vocab_size: int | None,
+    student_temperature: float | Tensor,
+    teacher_temperature: float | Tensor | None,
+) -> Problem:
+    """Two sources, each of which may be composed."""
+    if isinstance(student, LogitMixture):
+        raise TypeError("student is a LogitMixture, which may only be a teacher")
+    firsts = first_source(student), None if teacher is None else first_source(teacher)
+    problem = pair(*firsts, form, vocab_size, student_temperature, teacher_temperature)
+    return with_compositions(problem, student, teacher, vocab_size)
+
+
 def check_normalizer(normalizer: object, device: torch.device) -> None:
     if not isinstance(normalizer, Tensor):
         check_real("normalizer", normalizer, positive=True)
@@ -132,7 +151,7 @@ def check_normalizer(normalizer: object, device: torch.device) -> None:
 
 def prepare_loss(
     student: Source,
-    teacher: Source | SparseTeacher,
+    teacher: DenseTeacher | SparseTeacher,
     divergence: Divergence,
     *,
     temperature: float | Tensor,
@@ -165,7 +184,7 @@ def prepare_loss(
     if isinstance(teacher, TopKLogits | SampledLogits | PackedLogits):
         problem = sparse_pair(student, teacher, divergence, vocab_size, temperature, teacher_temperature)
     else:
-        problem = pair(student, teacher, divergence.form, vocab_size, temperature, teacher_temperature)
+        problem = dense_pair(student, teacher, divergence.form, vocab_size, temperature, teacher_temperature)
     problem = with_parameters(problem, divergence)
     if normalizer is not None:
         if reduction != "mean":
@@ -200,7 +219,7 @@ def prepare_loss(
 
 def prepare_statistics(
     student: Source,
-    teacher: Source | None,
+    teacher: DenseTeacher | None,
     *,
     labels: Tensor | None,
     mask: Tensor | None,
@@ -210,7 +229,7 @@ def prepare_statistics(
     vocab_size: int | None,
 ) -> Problem:
     """Checks the arguments of ``token_statistics``."""
-    problem = pair(student, teacher, Form(0), vocab_size, temperature, teacher_temperature)
+    problem = dense_pair(student, teacher, Form(0), vocab_size, temperature, teacher_temperature)
     return active_rows(problem, mask, labels, ignore_index)
 
 

@@ -233,6 +233,80 @@ def only_active(side: Side, index: Tensor) -> Side:
     return side._replace(tensor=side.tensor[index])
 
 
+def pair_of_active(student: Side, teacher: Side | None, spec: RowSpec, index: Tensor) -> tuple[Side, Any, RowSpec]:
+    """Both sides and the specification of some rows, where what was the same source remains the same."""
+    sides = [side for side in (student, teacher) if side is not None]
+    taken = [only_active(side, index) for side in sides]
+    part = spec.take(index)._replace(active=None)
+    composition = part.teacher_composition
+    if composition is not None and spec.teacher_composition is not None:
+        others = list(composition.others)
+        for place, other in enumerate(spec.teacher_composition.others):
+            for side, side_taken in zip(sides, taken, strict=True):
+                if same_source(side, other):
+                    others[place] = others[place]._replace(tensor=side_taken.tensor)
+        part = part._replace(teacher_composition=composition._replace(others=tuple(others)))
+    if teacher is not None and same_source(student, teacher):
+        taken[1] = taken[1]._replace(tensor=taken[0].tensor)
+    return taken[0], taken[1] if len(taken) > 1 else None, part
+
+
+def same_source(one: Side, other: Side) -> bool:
+    """Whether two sides have the same logits before the softcap, for being the same memory."""
+
+    def memory(tensor: Tensor | None) -> Any:
+        return None if tensor is None else (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+
+    return one.scale == other.scale and all(
+        memory(mine) == memory(theirs) for mine, theirs in zip(one[:3], other[:3], strict=True)
+    )
+
+
+class Heads:
+    """All the sources of a pair while its chunks go by: student, teacher and what the teacher is composed of."""
+
+    def __init__(
+        self,
+        student: Side,
+        teacher: Side | None,
+        spec: RowSpec,
+        needs: tuple[Needs, Needs] = (Needs(False), Needs(False)),
+        settings: ListSettings | None = None,
+    ) -> None:
+        self.spec = spec
+        composition = spec.teacher_composition
+        others = () if composition is None else composition.others
+        pair = [student] if teacher is None else [student, teacher]
+        self.heads = [
+            Head(side, need, spec.active, settings) for side, need in zip(pair, needs[: len(pair)], strict=True)
+        ]
+        # A source that is there already is not multiplied again.
+        self.sources = list(self.heads)
+        for side in others:
+            known = next((head for head in self.sources if same_source(head.side, side)), None)
+            self.sources.append(known or Head(side, Needs(False), spec.active))
+        if len(pair) == 2 and not any(needs[1]) and same_source(student, pair[1]):
+            self.sources[1] = self.heads[0]
+        self.sides = list({id(head): head.side for head in self.sources}.values())
+
+    def read(self, chunk: slice) -> tuple[list[Tensor], RowSpec]:
+        """The logits of student and teacher in a chunk, and its specification."""
+        made: dict[int, Tensor] = {}
+        for head in self.sources:
+            if id(head) not in made:
+                made[id(head)] = head.logits(chunk)
+        logits = [made[id(head)] for head in self.sources]
+        spec, count = self.spec.take(chunk), len(self.heads)
+        composition = spec.teacher_composition
+        if composition is not None and composition.others:
+            others = tuple(
+                Side(part, softcap=other.softcap)
+                for part, other in zip(logits[count:], composition.others, strict=True)
+            )
+            spec = spec._replace(teacher_composition=composition._replace(others=others))
+        return logits[:count], spec
+
+
 def spread(part: Tensor, index: Tensor, rows: int) -> Tensor:
     """The rows of ``part`` at ``index`` among ``rows`` rows of zeros."""
     whole = part.new_zeros((rows, *part.shape[1:]))
@@ -255,21 +329,15 @@ def divergence(
     """``(divergence [N], cross_entropy [N] or [0])``."""
     index = active_index([student, teacher], spec)
     if index is not None:
-        values = divergence(
-            only_active(student, index),
-            only_active(teacher, index),
-            spec.take(index)._replace(active=None),
-            memory_budget,
-            backend,
-        )
+        values = divergence(*pair_of_active(student, teacher, spec, index), memory_budget, backend)
         rows = student.tensor.shape[0]
         return spread(values[0], index, rows), values[1] if spec.labels is None else spread(values[1], index, rows)
     kernels = row_backend(backend)
     values = empty_values(student, teacher, spec)
-    heads = [Head(student, Needs(False), spec.active), Head(teacher, Needs(False), spec.active)]
-    for chunk in chunks([student, teacher], memory_budget):
-        part = kernels.divergence_forward(heads[0].logits(chunk), heads[1].logits(chunk), spec.take(chunk))
-        store_values(values, part, chunk)
+    heads = Heads(student, teacher, spec)
+    for chunk in chunks(heads.sides, memory_budget):
+        logits, part_spec = heads.read(chunk)
+        store_values(values, kernels.divergence_forward(*logits, part_spec), chunk)
     return values
 
 
@@ -288,9 +356,7 @@ def divergence_with_gradients(
     index = active_index([student, teacher], spec)
     if index is not None:
         divergence, cross_entropy, to_student, to_teacher = divergence_with_gradients(
-            only_active(student, index),
-            only_active(teacher, index),
-            spec.take(index)._replace(active=None),
+            *pair_of_active(student, teacher, spec, index),
             grad_divergence[index],
             None if grad_cross_entropy is None else grad_cross_entropy[index],
             needs,
@@ -309,14 +375,15 @@ def divergence_with_gradients(
     kernels = row_backend(backend)
     values = empty_values(student, teacher, spec)
     settings = list_settings([student, teacher], needs, spec, memory_budget, backend)
-    heads = [Head(side, need, spec.active, settings) for side, need in zip((student, teacher), needs, strict=True)]
-    for chunk in chunks([student, teacher], memory_budget, share=SHARE_OF_LOGITS if settings else 1.0):
-        logits = [head.logits(chunk) for head in heads]
+    sources = Heads(student, teacher, spec, needs, settings)
+    heads = sources.heads
+    for chunk in chunks(sources.sides, memory_budget, share=SHARE_OF_LOGITS if settings else 1.0):
+        logits, part_spec = sources.read(chunk)
         gradients = [head.gradient_buffer(part, chunk) for head, part in zip(heads, logits, strict=True)]
         lists = tuple(head.lists(chunk) for head in heads)
         part = kernels.divergence_fused(
             *logits,
-            spec.take(chunk),
+            part_spec,
             grad_divergence[chunk],
             None if grad_cross_entropy is None else grad_cross_entropy[chunk],
             *gradients,
@@ -380,14 +447,11 @@ def statistics(
 ) -> tuple[Tensor, Tensor]:
     """``token_statistics`` of a row backend, for any sources."""
     kernels = row_backend(backend)
-    sides = [student] if teacher is None else [student, teacher]
-    heads = [Head(side, Needs(False), spec.active) for side in sides]
-    parts = [
-        kernels.token_statistics(
-            heads[0].logits(chunk), heads[1].logits(chunk) if len(heads) > 1 else None, spec.take(chunk)
-        )
-        for chunk in chunks(sides, memory_budget)
-    ]
+    heads = Heads(student, teacher, spec)
+    parts = []
+    for chunk in chunks(heads.sides, memory_budget):
+        logits, part_spec = heads.read(chunk)
+        parts.append(kernels.token_statistics(logits[0], logits[1] if len(logits) > 1 else None, part_spec))
     if not parts:
         vocab = student.tensor.new_empty(
             0, student.tensor.shape[1] if student.weight is None else student.weight.shape[0]

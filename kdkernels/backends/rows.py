@@ -80,8 +80,10 @@ class Composition(NamedTuple):
 
     With z_0 the side's own logits and z_1.. those of ``others``, each after its softcap and with coefficients c, entry v is
     ``sum_i c_i z_i[v]``, or ``log sum_i exp(c_i z_i[v] + o_i)`` where ``offsets`` are given; then ``class_bias[v]`` is added,
-    ``bounds`` clip it, and where v is one of the row's ``columns`` its value replaces it. A source whose coefficient (and
-    offset, -inf) leaves it out is not read. Nothing of this has a gradient but z_0, through everything but ``offsets``.
+    ``bounds`` clip it, and where v is one of the row's ``columns`` its value replaces it. A source whose coefficient (0; of
+    offsets, -inf) leaves it out is not read. An entry that lies on the floor in a source of positive coefficient (of offsets:
+    in all sources that are read) stays there, whatever is added or clips it; a value may replace it. No gradient flows through
+    this but to z_0 where there is a ``class_bias`` alone.
     Tensors that are None do nothing; those of numbers are of the compute type, on the device, contiguous.
     """
 

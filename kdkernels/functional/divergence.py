@@ -7,21 +7,23 @@ from torch import Tensor
 
 from kdkernels import arguments
 from kdkernels.autocast import autocast_disabled, autocast_dtype
+from kdkernels.backends.rows import RowSpec, Side
 from kdkernels.divergences import Divergence, ForwardKL
 from kdkernels.functional.choosing import backend_for
 from kdkernels.ops import divergence as divergence_ops
 from kdkernels.ops import linear_divergence as linear_divergence_ops
 from kdkernels.ops import sparse_divergence as sparse_divergence_ops
+from kdkernels.ops import token_statistics as token_statistics_ops
 from kdkernels.reductions import reduce_rows, row_scales
 from kdkernels.reference import divergence as divergence_reference
-from kdkernels.sources import Source, SparseTeacher
+from kdkernels.sources import DenseTeacher, Source, SparseTeacher
 
 __all__ = ["distillation_loss"]
 
 
 def distillation_loss(
     student: Source,
-    teacher: Source | SparseTeacher,
+    teacher: DenseTeacher | SparseTeacher,
     divergence: Divergence = ForwardKL(),  # noqa: B008 - immutable
     *,
     temperature: float | Tensor = 1.0,
@@ -51,8 +53,8 @@ def distillation_loss(
 
     Args:
         student, teacher: logits ``[..., V]`` (a tensor or ``kd.Logits``) or a ``kd.LMHead``, in any pairing; float32,
-            bfloat16, float16 or float64. Sums run in float32 at least. The teacher may also be truncated or sampled, see
-            below.
+            bfloat16, float16 or float64. Sums run in float32 at least. The teacher may also be a ``kd.LogitMixture`` of
+            several, or truncated or sampled, see below.
         divergence: an instance such as ``kd.ForwardKL()`` or ``kd.JSD(0.5)``; its parameter may be a tensor per token where
             it says so.
         temperature: positive number, or tensor ``[...]`` with one per token.
@@ -133,13 +135,18 @@ def distillation_loss(
         return divergence_reference.loss(problem, total)
     refuse_temperature_gradient(problem)
     sides = [side for side in (problem.student, problem.teacher) if side is not None]
-    linear = any(side.weight is not None for side in sides)
+    linear = any(side.weight is not None for side in (*sides, *composition_sides(problem.spec)))
     # Half precision underflows unless the gradient is made with its upstream factor, such as a GradScaler's.
     half = torch.float16 in {side.tensor.dtype for side in sides}
     if autocast_dtype(device):
         with autocast_disabled(device):
             return fused_loss(problem, total, linear, half, memory_budget, backend)
     return fused_loss(problem, total, linear, half, memory_budget, backend)
+
+
+def composition_sides(spec: RowSpec) -> tuple[Side, ...]:
+    """What the teacher is made of besides its first source."""
+    return () if spec.teacher_composition is None else spec.teacher_composition.others
 
 
 def fused_loss(
@@ -151,6 +158,9 @@ def fused_loss(
     backend: str,
 ) -> Tensor:
     """The loss by operators: as a total with its gradient where that is possible, else row by row."""
+    problem = arguments.with_normalisers(
+        problem, lambda rows: token_statistics_ops.statistics(rows, memory_budget, backend).lse_student
+    )
     if total.reduction != "none" and not half:
         scales = row_scales(problem, total)
         if problem.sparse is not None:

@@ -9,7 +9,7 @@ from kdkernels import arguments
 from kdkernels.functional.choosing import backend_for
 from kdkernels.ops import token_statistics as token_statistics_ops
 from kdkernels.reference.token_statistics import statistics as reference_statistics
-from kdkernels.sources import Source
+from kdkernels.sources import DenseTeacher, Source
 from kdkernels.statistics import TokenStatistics
 
 __all__ = ["token_statistics"]
@@ -17,7 +17,7 @@ __all__ = ["token_statistics"]
 
 def token_statistics(
     student: Source,
-    teacher: Source | None = None,
+    teacher: DenseTeacher | None = None,
     labels: Tensor | None = None,
     *,
     mask: Tensor | None = None,
@@ -31,7 +31,8 @@ def token_statistics(
     """Per-token quantities of one or two distributions over the vocabulary, in one streaming pass. No gradient.
 
     Args:
-        student, teacher: logits ``[..., V]`` or ``kd.LMHead``; without a teacher its columns are None.
+        student, teacher: logits ``[..., V]`` or ``kd.LMHead``, the teacher also a ``kd.LogitMixture``; without a teacher its
+            columns are None.
         labels: token ids ``[...]`` whose log-probabilities are wanted; ``ignore_index`` drops the token.
         mask: bool ``[...]``, True where a token counts; elsewhere every statistic is 0.
         temperature, teacher_temperature, vocab_size, memory_budget, backend: as in ``distillation_loss``.
@@ -57,4 +58,7 @@ def token_statistics(
     with torch.no_grad():
         if backend == "reference":
             return reference_statistics(problem)
+        problem = arguments.with_normalisers(
+            problem, lambda rows: token_statistics_ops.statistics(rows, memory_budget, backend).lse_student
+        )
         return token_statistics_ops.statistics(problem, memory_budget, backend)

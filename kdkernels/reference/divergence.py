@@ -10,9 +10,9 @@ from kdkernels.autocast import autocast_disabled
 from kdkernels.backends.rows import RowSpec, Side
 from kdkernels.divergences import Divergence, ForwardKL
 from kdkernels.reductions import reduce_rows
-from kdkernels.reference import rows, sparse_divergence
+from kdkernels.reference import rows, sparse_divergence, token_statistics
 from kdkernels.reference.gradient_rounding import with_rounded_gradient
-from kdkernels.sources import Source, SparseTeacher
+from kdkernels.sources import DenseTeacher, Source, SparseTeacher
 from kdkernels.transforms import values_are_known
 
 __all__ = ["distillation_loss"]
@@ -20,7 +20,7 @@ __all__ = ["distillation_loss"]
 
 def distillation_loss(
     student: Source,
-    teacher: Source | SparseTeacher,
+    teacher: DenseTeacher | SparseTeacher,
     divergence: Divergence = ForwardKL(),  # noqa: B008 - immutable
     *,
     temperature: float | Tensor = 1.0,
@@ -67,6 +67,7 @@ def loss(problem: arguments.Problem, total: arguments.Total) -> Tensor:
         if problem.sparse is not None:
             values = sparse_divergence.divergence(student, problem.sparse, problem.spec)
         else:
+            problem = arguments.with_normalisers(problem, token_statistics.log_sum_exp)
             assert problem.teacher is not None
             teacher = side_logits(problem.teacher, problem.spec)
             values = rows.divergence(student, teacher, problem.spec)

@@ -8,10 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kdkernels.backends.rows import NOTHING, RowSpec, Side, compute_dtype, row_temperature
+from kdkernels.backends.rows import NOTHING, Composition, RowSpec, Side, compute_dtype, row_temperature
 from kdkernels.divergences import Kind
 
-__all__ = ["LOGIT_FLOOR", "LOG_SATURATION", "cross_entropy", "divergence", "side_logits", "tempered_log_softmax"]
+__all__ = [
+    "LOGIT_FLOOR",
+    "LOG_SATURATION",
+    "composed_logits",
+    "cross_entropy",
+    "divergence",
+    "side_logits",
+    "tempered_log_softmax",
+]
 
 LOGIT_FLOOR = -1e5
 """Logits are clamped here from below: -inf, masked vocabulary, gets probability 0 and everything stays finite."""
@@ -36,12 +44,73 @@ def effective_logits(logits: Tensor, softcap: float, dtype: torch.dtype) -> Tens
     return logits.clamp(min=LOGIT_FLOOR)
 
 
-def tempered_logits(logits: Tensor, softcap: float, temperature: float | Tensor, dtype: torch.dtype) -> Tensor:
-    return effective_logits(logits, softcap, dtype) / temperature
+def composed_logits(
+    logits: Tensor, softcap: float, dtype: torch.dtype, composition: Composition | None, active: Tensor | None = None
+) -> Tensor:
+    """The logits that a side's softmax is taken of: its own, or what a composition makes of them."""
+    own = effective_logits(logits, softcap, dtype)
+    if composition is None:
+        return own
+    if active is not None:
+        composition = blank_composition(composition, active)
+    others = (effective_logits(side_logits(other, active), other.softcap, dtype) for other in composition.others)
+    found, masked = combined([own, *others], composition)
+    if composition.class_bias is not None:
+        found = found + composition.class_bias
+    if composition.bounds is not None:
+        found = found.clamp(composition.bounds[:, :1], composition.bounds[:, 1:])
+    found = found.masked_fill(masked, LOGIT_FLOOR)
+    if composition.columns is not None and composition.values is not None:
+        ids = torch.arange(found.shape[-1], device=found.device)
+        for column, value in zip(composition.columns.unbind(-1), composition.values.unbind(-1), strict=True):
+            found = torch.where(ids == column.unsqueeze(-1), value.unsqueeze(-1), found)
+    return found.clamp(min=LOGIT_FLOOR)
+
+
+def combined(sources: list[Tensor], composition: Composition) -> tuple[Tensor, Tensor]:
+    """The sum of the sources, of logits or of probabilities, and which entries are masked."""
+    coefficients, offsets = composition.coefficients, composition.offsets
+    if coefficients is None:
+        return sources[0], sources[0] <= LOGIT_FLOOR
+    factors = [factor.unsqueeze(-1) for factor in coefficients.unbind(-1)]
+    if offsets is None:
+        # Where a source is not read, not even its NaN counts.
+        terms = [(factor * source).masked_fill(factor == 0, 0) for factor, source in zip(factors, sources, strict=True)]
+        masked = [(factor > 0) & (source <= LOGIT_FLOOR) for factor, source in zip(factors, sources, strict=True)]
+        return torch.stack(terms).sum(0), torch.stack(masked).any(0)
+    shifts = [offset.unsqueeze(-1) for offset in offsets.unbind(-1)]
+    exponents = torch.stack(
+        [
+            (factor * source + shift).masked_fill((source <= LOGIT_FLOOR) | shift.isneginf(), -math.inf)
+            for factor, source, shift in zip(factors, sources, shifts, strict=True)
+        ]
+    )
+    masked_everywhere = exponents.isneginf().all(0)
+    return torch.logsumexp(exponents.masked_fill(masked_everywhere, 0), 0), masked_everywhere
+
+
+def blank_composition(composition: Composition, active: Tensor) -> Composition:
+    """Zeros where not active."""
+    coefficients, offsets, bounds, values = (
+        None if numbers is None else blank_inactive(numbers, active)
+        for numbers in (composition.coefficients, composition.offsets, composition.bounds, composition.values)
+    )
+    return composition._replace(coefficients=coefficients, offsets=offsets, bounds=bounds, values=values)
 
 
 def tempered_log_softmax(logits: Tensor, softcap: float, temperature: float | Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.log_softmax(tempered_logits(logits, softcap, temperature, dtype), dim=-1)
+    return torch.log_softmax(effective_logits(logits, softcap, dtype) / temperature, dim=-1)
+
+
+def tempered_logits(side: str, logits: Tensor, spec: RowSpec, dtype: torch.dtype) -> Tensor:
+    """What the softmax of a side, "student" or "teacher", is taken of."""
+    if side == "student":
+        softcap, composition = spec.student_softcap, spec.student_composition
+        temperature = row_temperature(spec.student_temperature, spec.student_temperatures)
+    else:
+        softcap, composition = spec.teacher_softcap, spec.teacher_composition
+        temperature = row_temperature(spec.teacher_temperature, spec.teacher_temperatures)
+    return composed_logits(logits, softcap, dtype, composition, spec.active) / temperature
 
 
 def divergence(student: Tensor, teacher: Tensor, spec: RowSpec) -> Tensor:
@@ -49,12 +118,7 @@ def divergence(student: Tensor, teacher: Tensor, spec: RowSpec) -> Tensor:
     dtype = compute_dtype(student, teacher)
     if spec.active is not None:
         student, teacher = blank_inactive(student, spec.active), blank_inactive(teacher, spec.active)
-    s = tempered_logits(
-        student, spec.student_softcap, row_temperature(spec.student_temperature, spec.student_temperatures), dtype
-    )
-    t = tempered_logits(
-        teacher, spec.teacher_softcap, row_temperature(spec.teacher_temperature, spec.teacher_temperatures), dtype
-    )
+    s, t = tempered_logits("student", student, spec, dtype), tempered_logits("teacher", teacher, spec, dtype)
     if spec.targets is None:
         value = formula(Kind(spec.kind), t.log_softmax(-1), s.log_softmax(-1), parameter(spec), spec.b)
     else:
@@ -135,6 +199,7 @@ def cross_entropy(student: Tensor, spec: RowSpec, dtype: torch.dtype) -> Tensor:
     if spec.active is not None:
         labels = labels.masked_fill(~spec.active, 0)
         student = blank_inactive(student, spec.active)
-    log_q = torch.log_softmax(effective_logits(student, spec.student_softcap, dtype), dim=-1)
+    logits = composed_logits(student, spec.student_softcap, dtype, spec.student_composition, spec.active)
+    log_q = torch.log_softmax(logits, dim=-1)
     value = -log_q.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     return value if spec.active is None else value.masked_fill(~spec.active, 0.0)

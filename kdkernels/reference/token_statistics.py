@@ -7,17 +7,17 @@ from torch import Tensor
 
 from kdkernels import arguments
 from kdkernels.autocast import autocast_disabled
-from kdkernels.backends.rows import RowSpec, Side, row_temperature
-from kdkernels.reference.rows import effective_logits, side_logits
-from kdkernels.sources import Source
+from kdkernels.backends.rows import Composition, RowSpec, Side, row_temperature
+from kdkernels.reference.rows import composed_logits, side_logits
+from kdkernels.sources import DenseTeacher, Source
 from kdkernels.statistics import TokenStatistics, from_columns
 
-__all__ = ["token_statistics"]
+__all__ = ["log_sum_exp", "token_statistics"]
 
 
 def token_statistics(
     student: Source,
-    teacher: Source | None = None,
+    teacher: DenseTeacher | None = None,
     labels: Tensor | None = None,
     *,
     mask: Tensor | None = None,
@@ -41,13 +41,21 @@ def token_statistics(
         return statistics(problem)
 
 
+def log_sum_exp(problem: arguments.Problem) -> Tensor:
+    """That of the student of a checked problem, ``[N]``."""
+    return statistics(problem).lse_student
+
+
 def statistics(problem: arguments.Problem) -> TokenStatistics:
     """The statistics of a checked problem."""
+    problem = arguments.with_normalisers(problem, log_sum_exp)
     spec, dtype = problem.spec, problem.dtype
     columns: dict[str, Tensor] = {}
 
-    def one_side(name: str, side: Side, softcap: float, temperature: float | Tensor) -> Tensor:
-        logits = effective_logits(side_logits(side), softcap, dtype)
+    def one_side(
+        name: str, side: Side, softcap: float, temperature: float | Tensor, composition: Composition | None
+    ) -> Tensor:
+        logits = composed_logits(side_logits(side), softcap, dtype, composition)
         tempered = logits / temperature
         log_probs = torch.log_softmax(tempered, dim=-1)
         columns[f"lse_{name}"] = torch.logsumexp(tempered, dim=-1)
@@ -65,6 +73,7 @@ def statistics(problem: arguments.Problem) -> TokenStatistics:
             problem.student,
             spec.student_softcap,
             row_temperature(spec.student_temperature, spec.student_temperatures),
+            spec.student_composition,
         )
         if problem.teacher is not None:
             log_p = one_side(
@@ -72,6 +81,7 @@ def statistics(problem: arguments.Problem) -> TokenStatistics:
                 problem.teacher,
                 spec.teacher_softcap,
                 row_temperature(spec.teacher_temperature, spec.teacher_temperatures),
+                spec.teacher_composition,
             )
             columns["forward_kl"] = (log_p.exp() * (log_p - log_q)).sum(-1)
             columns["reverse_kl"] = (log_q.exp() * (log_q - log_p)).sum(-1)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.backends.cpu.launching import DTYPES, FLOAT64, address, module
+from kdkernels.backends.cpu.launching import DTYPES, FLOAT64, address, composition, module
 from kdkernels.backends.gradient_entries import EntryLists
 from kdkernels.backends.rows import RowSpec, Scales, compute_dtype
 
@@ -101,6 +101,8 @@ def _launch(
         address(spec.target_weights),
         spec.rest_weight,
         address(spec.rest_weights),
+        composition(spec.student_composition),
+        composition(spec.teacher_composition),
     )
 
 

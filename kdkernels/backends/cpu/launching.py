@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends import native
+from kdkernels.backends.rows import Composition
 
-__all__ = ["DTYPES", "FLOAT64", "address", "module", "status", "supports"]
+__all__ = ["DTYPES", "FLOAT64", "address", "composition", "module", "status", "supports"]
 
 FLOAT64 = 3
 
@@ -42,3 +43,24 @@ def module() -> Any:
 
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def composition(parts: Composition | None) -> Any:
+    """What the kernels are told about a composition whose sources are logits; None: nothing."""
+    if parts is None:
+        return None
+    others = [
+        (other.tensor.data_ptr(), other.tensor.stride(0), DTYPES[other.tensor.dtype], other.softcap)
+        for other in parts.others
+    ]
+    columns = parts.columns
+    return module().Composition(
+        others,
+        address(parts.coefficients),
+        address(parts.offsets),
+        address(parts.class_bias),
+        address(parts.bounds),
+        0 if columns is None else columns.shape[1],
+        address(columns),
+        address(parts.values),
+    )

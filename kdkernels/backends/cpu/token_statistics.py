@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends.cpu.divergence import sides_arguments
-from kdkernels.backends.cpu.launching import module
+from kdkernels.backends.cpu.launching import composition, module
 from kdkernels.backends.rows import STATISTICS, RowSpec, compute_dtype
 
 __all__ = ["token_statistics"]
@@ -16,5 +16,11 @@ def token_statistics(student: Tensor, teacher: Tensor | None, spec: RowSpec) -> 
     rows = student.shape[0]
     values = torch.empty(rows, len(STATISTICS), dtype=compute_dtype(student, teacher))
     argmax = torch.empty(rows, 2, dtype=torch.int64)
-    module().token_statistics(*sides_arguments(student, teacher, spec), values.data_ptr(), argmax.data_ptr())
+    module().token_statistics(
+        *sides_arguments(student, teacher, spec),
+        values.data_ptr(),
+        argmax.data_ptr(),
+        composition(spec.student_composition),
+        composition(spec.teacher_composition),
+    )
     return values, argmax
