@@ -228,7 +228,9 @@ class LogitMixture:
         self.coefficients = None if coefficients is None else tuple(coefficients)
         self.space = check_choice("LogitMixture: space", space, SPACES)
         if self.space == "logits" and (isinstance(temperature, Tensor) or temperature != 1):
-            raise ValueError("LogitMixture: temperature is for space='probabilities'; in the space of logits use coefficients")
+            raise ValueError(
+                "LogitMixture: temperature is for space='probabilities'; in the space of logits use coefficients"
+            )
         self.temperature = temperature
         if class_bias is not None:
             check_class_bias("LogitMixture", class_bias)

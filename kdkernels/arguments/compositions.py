@@ -95,9 +95,7 @@ def composed(
     )
 
 
-def class_bias(
-    name: str, bias: Tensor, vocab: int, whole: bool, device: torch.device, dtype: torch.dtype
-) -> Tensor:
+def class_bias(name: str, bias: Tensor, vocab: int, whole: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
     """``[V]``; unless ``whole`` it may be that of a padded vocabulary."""
     if bias.shape[0] < vocab or (whole and bias.shape[0] != vocab):
         raise ValueError(f"{name}: class_bias must have {vocab} entries, got {bias.shape[0]}")

@@ -64,10 +64,14 @@ def side(name: str, source: Source, vocab_size: int | None) -> tuple[Side, torch
     donate = isinstance(source, Logits) and source.donate
     if isinstance(source, Logits):
         if source.class_bias is not None:
-            raise TypeError(f"{name}: a class_bias is supported only by distillation_loss with dense teachers and token_statistics")
+            raise TypeError(
+                f"{name}: a class_bias is supported only by distillation_loss with dense teachers and token_statistics"
+            )
         source = source.tensor
     elif isinstance(source, LogitMixture):
-        raise TypeError(f"{name} is a LogitMixture, which may only be the teacher of distillation_loss and token_statistics")
+        raise TypeError(
+            f"{name} is a LogitMixture, which may only be the teacher of distillation_loss and token_statistics"
+        )
     elif not isinstance(source, Tensor):
         raise TypeError(f"{name} must be a tensor of logits, kd.Logits or kd.LMHead, got {type(source).__name__}")
     check_floating(f"{name}: logits", source)

@@ -75,9 +75,7 @@ def combined(sources: list[Tensor], composition: Composition) -> tuple[Tensor, T
     factors = [factor.unsqueeze(-1) for factor in coefficients.unbind(-1)]
     if offsets is None:
         # Where a source is not read, not even its NaN counts.
-        terms = [
-            (factor * source).masked_fill(factor == 0, 0) for factor, source in zip(factors, sources, strict=True)
-        ]
+        terms = [(factor * source).masked_fill(factor == 0, 0) for factor, source in zip(factors, sources, strict=True)]
         masked = [(factor > 0) & (source <= LOGIT_FLOOR) for factor, source in zip(factors, sources, strict=True)]
         return torch.stack(terms).sum(0), torch.stack(masked).any(0)
     shifts = [offset.unsqueeze(-1) for offset in offsets.unbind(-1)]
