@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from kdkernels import alignment, losses, reference, store
+from kdkernels import alignment, losses, reference, store, weighting
 from kdkernels.backends import BackendStatus, backends
 from kdkernels.backends.gradient_entries import GradientReport
 from kdkernels.debugging import debug
@@ -90,4 +90,5 @@ __all__ = [
     "token_statistics",
     "topk_logits",
     "unpack",
+    "weighting",
 ]

@@ -15,14 +15,13 @@ Logarithms are kept in base 2 inside the kernels and in base e in the statistics
 import triton
 import triton.language as tl
 
+from .compositions import load_side, load_side_label, row_source
 from .online_softmax import (
     LN_2,
     LOG2_E,
     LOGIT_FLOOR,
     advance_maximum,
     lane_sum,
-    load_label_logit,
-    load_logits,
     log2_of,
     merge_maximum,
     powers_of_two,
@@ -193,8 +192,8 @@ def accumulate(
     """
     max_s, sum_s, max_t, sum_t, cross_s, cross_t, hard_sum, max_x, sum_x = state
     valid = columns < vocab_size
-    s, _ = load_logits(student_pointer, columns, valid, student_cap, HAS_STUDENT_CAP, MASKED, EVICTION, COMPUTE)
-    t, _ = load_logits(teacher_pointer, columns, valid, teacher_cap, HAS_TEACHER_CAP, MASKED, EVICTION, COMPUTE)
+    s, _ = load_side(student_pointer, columns, valid, student_cap, HAS_STUDENT_CAP, MASKED, EVICTION, COMPUTE)
+    t, _ = load_side(teacher_pointer, columns, valid, teacher_cap, HAS_TEACHER_CAP, MASKED, EVICTION, COMPUTE)
     LEAVES_OUT: tl.constexpr = MASKED or target is not None
     if target is not None:
         valid = valid & (columns != target)
@@ -257,8 +256,8 @@ def accumulate_terms(
     """Second sweep, one tile: the lanes' sums (H_s, H_t, value), each [LANES], with this tile added to them."""
     sum_h_s, sum_h_t, sum_value = state
     valid = columns < vocab_size
-    s, _ = load_logits(student_pointer, columns, valid, student_cap, HAS_STUDENT_CAP, MASKED, EVICTION, COMPUTE)
-    t, _ = load_logits(teacher_pointer, columns, valid, teacher_cap, HAS_TEACHER_CAP, MASKED, EVICTION, COMPUTE)
+    s, _ = load_side(student_pointer, columns, valid, student_cap, HAS_STUDENT_CAP, MASKED, EVICTION, COMPUTE)
+    t, _ = load_side(teacher_pointer, columns, valid, teacher_cap, HAS_TEACHER_CAP, MASKED, EVICTION, COMPUTE)
     log_q = (s - max_s) * student_scale - log_sum_s
     log_p = (t - max_t) * teacher_scale - log_sum_t
     h_s, h_t, value = divergence_terms(log_p, log_q, a, b, KIND, FAST_LOG)
@@ -283,6 +282,8 @@ def divergence_forward_kernel(
     statistics,
     labels,
     active,
+    student_composition,
+    teacher_composition,
     student_temperatures,
     teacher_temperatures,
     parameters,
@@ -310,8 +311,8 @@ def divergence_forward_kernel(
 
     student, teacher: [N, V] logits, adjacent columns, row strides in vectors of WIDTH logits; grid (N,).
     divergence, cross_entropy: [N] in COMPUTE; statistics: [N, STATISTICS] in COMPUTE.
-    labels: int64 [N]; active: bool [N]; temperatures: [N]; parameters: [N], instead of a; targets: int64 [N], the column
-    that stands apart, -1: none; weights: [N]; each may be None. Scalars are fp64 for fp64 logits' sake.
+    labels: int64 [N]; active: bool [N]; compositions; temperatures: [N]; parameters: [N], instead of a; targets: int64 [N], the
+    column that stands apart, -1: none; weights: [N]; each may be None. Scalars are fp64 for fp64 logits' sake.
 
     Whole tiles go without a mask, so that their loads are vectors at any vocabulary size; smaller masked ones follow.
     """
@@ -334,8 +335,8 @@ def divergence_forward_kernel(
     target = targets
     if targets is not None:
         target = tl.load(targets + row).to(tl.int32)
-    student_row = row_pointer(student, row, student_stride, WIDTH)
-    teacher_row = row_pointer(teacher, row, teacher_stride, WIDTH)
+    student_row = row_source(student, row, student_stride, student_composition, WIDTH)
+    teacher_row = row_source(teacher, row, teacher_stride, teacher_composition, WIDTH)
     columns = tile_columns(UNROLL, LANES, WIDTH)
     TILE: tl.constexpr = UNROLL * LANES * WIDTH
     whole = vocab_size // TILE * TILE
@@ -455,7 +456,7 @@ def divergence_forward_kernel(
             both = high + tl.log(tl.exp(hard_log_sum - high) + tl.exp(gap - high))
             hard_log_sum = tl.where(has_target, both, hard_log_sum)
         label = tl.load(labels + row)
-        logit = load_label_logit(student_row, label, vocab_size, student_cap, HAS_STUDENT_CAP, COMPUTE)
+        logit = load_side_label(student_row, label, vocab_size, student_cap, HAS_STUDENT_CAP, COMPUTE)
         tl.store(cross_entropy + row, hard_log_sum - (logit - max_s))
         tl.store(row_statistics + STUDENT_HARD_LOG_SUM, hard_log_sum)
 
@@ -501,8 +502,8 @@ def gradient_tile(
     """Backward, one tile: reads the logits of columns start + `columns` and writes the wanted gradients there."""
     columns = start + columns
     valid = columns < vocab_size
-    s, tanh_s = load_logits(student_row, columns, valid, student_cap, HAS_STUDENT_CAP, MASKED, "evict_first", COMPUTE)
-    t, tanh_t = load_logits(teacher_row, columns, valid, teacher_cap, HAS_TEACHER_CAP, MASKED, "evict_first", COMPUTE)
+    s, tanh_s = load_side(student_row, columns, valid, student_cap, HAS_STUDENT_CAP, MASKED, "evict_first", COMPUTE)
+    t, tanh_t = load_side(teacher_row, columns, valid, teacher_cap, HAS_TEACHER_CAP, MASKED, "evict_first", COMPUTE)
     log_q = (s - max_s) * student_scale - log_sum_s
     log_p = (t - max_t) * teacher_scale - log_sum_t
     if grad_student_row is not None:
@@ -569,6 +570,8 @@ def divergence_backward_kernel(
     grad_cross_entropy,
     labels,
     active,
+    student_composition,
+    teacher_composition,
     student_temperatures,
     teacher_temperatures,
     parameters,
@@ -644,8 +647,8 @@ def divergence_backward_kernel(
         student_target = tl.load(row_statistics + STUDENT_TARGET)
         teacher_target = tl.load(row_statistics + TEACHER_TARGET)
         rest_weight = row_scalar(rest_weight, rest_weights, row, COMPUTE)
-    student_row = row_pointer(student, row, student_stride, WIDTH)
-    teacher_row = row_pointer(teacher, row, teacher_stride, WIDTH)
+    student_row = row_source(student, row, student_stride, student_composition, WIDTH)
+    teacher_row = row_source(teacher, row, teacher_stride, teacher_composition, WIDTH)
     whole = vocab_size // TILE * TILE
     for start in range(0, whole, TILE):
         gradient_tile(

@@ -7,6 +7,7 @@ One program handles one row and reads each logit once. p = softmax(teacher / tau
 import triton
 import triton.language as tl
 
+from .compositions import load_side, load_side_label, row_source
 from .online_softmax import (
     LN_2,
     LOG2_E,
@@ -14,11 +15,8 @@ from .online_softmax import (
     advance_maximum,
     lane_min,
     lane_sum,
-    load_label_logit,
-    load_logits,
     merge_maximum,
     powers_of_two,
-    row_pointer,
     row_scalar,
     tile_columns,
 )
@@ -78,13 +76,13 @@ def accumulate(
     """
     max_s, sum_s, moment_s, best_s, max_t, sum_t, moment_t, best_t, cross_s, cross_t = state
     valid = columns < vocab_size
-    s, _ = load_logits(student_row, columns, valid, student_cap, HAS_STUDENT_CAP, MASKED, "evict_first", COMPUTE)
+    s, _ = load_side(student_row, columns, valid, student_cap, HAS_STUDENT_CAP, MASKED, "evict_first", COMPUTE)
     max_s, new_sum_s, moment_s, best_s, z_s, power_s, shift_s = advance_side(
         max_s, sum_s, moment_s, best_s, s, student_scale, columns, valid, MASKED
     )
     new_sum_t = sum_t
     if teacher_row is not None:
-        t, _ = load_logits(teacher_row, columns, valid, teacher_cap, HAS_TEACHER_CAP, MASKED, "evict_first", COMPUTE)
+        t, _ = load_side(teacher_row, columns, valid, teacher_cap, HAS_TEACHER_CAP, MASKED, "evict_first", COMPUTE)
         max_t, new_sum_t, moment_t, best_t, z_t, power_t, shift_t = advance_side(
             max_t, sum_t, moment_t, best_t, t, teacher_scale, columns, valid, MASKED
         )
@@ -120,6 +118,8 @@ def token_statistics_kernel(
     argmax,
     labels,
     active,
+    student_composition,
+    teacher_composition,
     student_temperatures,
     teacher_temperatures,
     student_temperature: tl.float64,
@@ -157,10 +157,10 @@ def token_statistics_kernel(
     teacher_scale = LOG2_E / teacher_temperature
     student_cap = tl.full((), student_softcap, COMPUTE)
     teacher_cap = tl.full((), teacher_softcap, COMPUTE)
-    student_row = row_pointer(student, row, student_stride, WIDTH)
+    student_row = row_source(student, row, student_stride, student_composition, WIDTH)
     teacher_row = teacher
     if teacher is not None:
-        teacher_row = row_pointer(teacher, row, teacher_stride, WIDTH)
+        teacher_row = row_source(teacher, row, teacher_stride, teacher_composition, WIDTH)
     columns = tile_columns(UNROLL, LANES, WIDTH)
     TILE: tl.constexpr = UNROLL * LANES * WIDTH
     whole = vocab_size // TILE * TILE
@@ -214,10 +214,10 @@ def token_statistics_kernel(
     label_t = missing
     if labels is not None:
         label = tl.load(labels + row)
-        logit = load_label_logit(student_row, label, vocab_size, student_cap, HAS_STUDENT_CAP, COMPUTE)
+        logit = load_side_label(student_row, label, vocab_size, student_cap, HAS_STUDENT_CAP, COMPUTE)
         label_s = ((logit - row_max_s) * student_scale - log_sum_s) * LN_2
         if teacher is not None:
-            logit = load_label_logit(teacher_row, label, vocab_size, teacher_cap, HAS_TEACHER_CAP, COMPUTE)
+            logit = load_side_label(teacher_row, label, vocab_size, teacher_cap, HAS_TEACHER_CAP, COMPUTE)
             label_t = ((logit - row_max_t) * teacher_scale - log_sum_t) * LN_2
     tl.store(row_values + LABEL_LOGPROB_STUDENT, label_s)
     tl.store(row_values + LABEL_LOGPROB_TEACHER, label_t)

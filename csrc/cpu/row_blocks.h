@@ -342,7 +342,7 @@ struct Stream {
   int64_t row;
   Real softcap;
   double inverse_temperature;
-  const Composition* composition;  // null: the logits are those of the matrix
+  const Composition* composition;             // null: the logits are those of the matrix
   Real max = static_cast<Real>(logit_floor);  // of the raw logits seen so far
   Tempering<Real> tempering;
   double sum = 0;       // of 2^tempering(x)

@@ -5,7 +5,51 @@ formula is from and how sure that is stands in its docstring. ``names()`` lists 
 """
 
 from kdkernels.losses.cross_tokenizer import ALM, GOLD, ALMLatents
+from kdkernels.losses.divergences import (
+    BDKD,
+    CTCD,
+    DACKL,
+    FFG2M,
+    GKD,
+    LELP,
+    LSSD,
+    MEALV2,
+    PESFKD,
+    SLASD,
+    TAID,
+    DeltaKD,
+    ExpertAugmentation,
+    GroundTruthSelfDistillation,
+    PromptKD,
+    SelfEvolutionKD,
+)
 from kdkernels.losses.optimal_transport import ULD, CoT2Align, SinKD, WCoRD
 from kdkernels.losses.registry import get, names
 
-__all__ = ["ALM", "GOLD", "ULD", "ALMLatents", "CoT2Align", "SinKD", "WCoRD", "get", "names"]
+__all__ = [
+    "ALM",
+    "BDKD",
+    "CTCD",
+    "DACKL",
+    "FFG2M",
+    "GKD",
+    "GOLD",
+    "LELP",
+    "LSSD",
+    "MEALV2",
+    "PESFKD",
+    "SLASD",
+    "TAID",
+    "ULD",
+    "ALMLatents",
+    "CoT2Align",
+    "DeltaKD",
+    "ExpertAugmentation",
+    "GroundTruthSelfDistillation",
+    "PromptKD",
+    "SelfEvolutionKD",
+    "SinKD",
+    "WCoRD",
+    "get",
+    "names",
+]

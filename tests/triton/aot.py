@@ -61,11 +61,14 @@ class Case:
     maxnreg: int | None = None
     policy: int = 0
     """Of a sparse teacher."""
+    composed: bool = False
+    """Whether the teacher is a mixture of three, of logits or, with ``softcap``, of probabilities, with all that may be."""
 
     def __str__(self) -> str:
         kind = f"kind{self.kind}" if self.kernel != "token_statistics" else ""
         extras = [f"policy{self.policy}" if self.kernel == "sparse_divergence_forward" else ""]
         extras += ["" if self.aligned else "unaligned", "softcap" if self.softcap else ""]
+        extras += ["composed" if self.composed else ""]
         return "-".join(filter(None, [self.kernel, kind, self.target, self.dtype, self.variant, *extras]))
 
     @property
@@ -128,7 +131,11 @@ def compile_case(case: Case) -> Compiled:
     signature, constexprs = {}, {}
     for parameter in kernel.params:
         name = parameter.name
-        if parameter.is_constexpr or name in case.absent:
+        if name == "teacher_composition" and case.composed:
+            parts, nothings = mixture(case, compute)
+            signature[name] = parts
+            constexprs |= {(len(signature) - 1, *path): None for path in nothings}
+        elif parameter.is_constexpr or name in case.absent or name.endswith("composition"):
             signature[name] = "constexpr"
             constexprs[name] = constants[name] if parameter.is_constexpr else None
         elif parameter.annotation_type:
@@ -137,8 +144,9 @@ def compile_case(case: Case) -> Compiled:
             signature[name] = f"*{case.dtype}"
         else:
             signature[name] = types.get(name, f"*{compute}")
-    pointers = [index for index, kind in enumerate(signature.values()) if kind.startswith("*")]
-    attributes = {(index,): [["tt.divisibility", 16]] for index in pointers} if case.aligned else {}
+    aligned = [path for path, kind in leaves(tuple(signature.values())) if kind.startswith("*") or kind == "i32"]
+    sizes = [(index,) for index, kind in enumerate(signature.values()) if kind == "i32"]
+    attributes = {path: [["tt.divisibility", 16]] for path in aligned if path not in sizes} if case.aligned else {}
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs, attributes),
         target=target,
@@ -153,6 +161,26 @@ def compile_case(case: Case) -> Compiled:
     }
     found = _read_cuda(compiled.asm) if target.backend == "cuda" else _read_hip(compiled.asm)
     return Compiled(**found, **wanted)
+
+
+def mixture(case: Case, compute: str) -> tuple[tuple[Any, ...], list[tuple[int, ...]]]:
+    """The types of a composition of three sources as the kernels get it, and where in it nothing is given."""
+    others, strides = (f"*{case.dtype}",) * 2, ("i32",) * 2
+    numbers = f"*{compute}"
+    if not case.softcap:
+        caps, offsets, nothings = ("constexpr",) * 2, "constexpr", [(2, 0), (2, 1), (4,)]
+    else:
+        caps, offsets, nothings = ("fp32", "constexpr"), numbers, [(2, 1)]
+    return (others, strides, caps, numbers, offsets, numbers, numbers, ("*i64",) * 2, (numbers,) * 2), nothings
+
+
+def leaves(types: tuple[Any, ...], path: tuple[int, ...] = ()) -> list[tuple[tuple[int, ...], str]]:
+    """The types within tuples, each with the way there."""
+    found: list[tuple[tuple[int, ...], str]] = []
+    for index, kind in enumerate(types):
+        here = (*path, index)
+        found += leaves(kind, here) if isinstance(kind, tuple) else [(here, kind)]
+    return found
 
 
 def compile_records(target: str, bits: int) -> dict[str, Any]:

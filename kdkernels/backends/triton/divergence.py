@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends.rows import RowSpec, compute_dtype
-from kdkernels.backends.triton.launching import load_kernels, on_device_of, prepare_launch, row_arguments
+from kdkernels.backends.triton.launching import (
+    composed_of,
+    composition_arguments,
+    load_kernels,
+    on_device_of,
+    prepare_launch,
+    row_arguments,
+)
 
 __all__ = ["SAVED_STATISTICS", "divergence_backward", "divergence_forward", "divergence_fused"]
 
@@ -32,7 +39,7 @@ def divergence_forward(student: Tensor, teacher: Tensor, spec: RowSpec) -> tuple
     """(divergence [N], cross_entropy [N] or [0], statistics [N, SAVED_STATISTICS])."""
     rows, vocab_size = student.shape
     kernels = load_kernels()
-    launch = prepare_launch(student, teacher)
+    launch = prepare_launch(student, teacher, *composed_of(spec))
     divergence = torch.empty(rows, dtype=compute_dtype(student, teacher), device=student.device)
     cross_entropy = divergence.new_empty(0 if spec.labels is None else rows)
     statistics = divergence.new_empty(rows, SAVED_STATISTICS)
@@ -49,6 +56,7 @@ def divergence_forward(student: Tensor, teacher: Tensor, spec: RowSpec) -> tuple
                 statistics,
                 spec.labels,
                 **row_arguments(spec),
+                **composition_arguments(spec),
                 **form_arguments(spec),
                 target_weight=spec.target_weight,
                 target_weights=spec.target_weights,
@@ -77,7 +85,7 @@ def divergence_backward(
     rows, vocab_size = student.shape
     if not rows or (grad_student is None and grad_teacher is None):
         return
-    launch = prepare_launch(student, teacher, grad_student, grad_teacher)
+    launch = prepare_launch(student, teacher, grad_student, grad_teacher, *composed_of(spec))
     hard = grad_cross_entropy is not None and grad_student is not None
     with on_device_of(student):
         load_kernels().divergence.divergence_backward_kernel[(rows,)](
@@ -95,6 +103,7 @@ def divergence_backward(
             grad_cross_entropy.contiguous() if hard and grad_cross_entropy is not None else None,
             spec.labels if hard else None,
             **row_arguments(spec),
+            **composition_arguments(spec),
             **form_arguments(spec),
             KIND=spec.kind,
             FAST_LOG=launch.fast_log,

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels.backends.rows import RowSpec
+from kdkernels.backends.rows import Composition, RowSpec
 
 __all__ = [
+    "composed_of",
+    "composition_arguments",
     "load_kernels",
     "on_device_of",
     "precision",
@@ -168,6 +170,36 @@ def row_arguments(spec: RowSpec) -> dict[str, Any]:
         "HAS_STUDENT_CAP": spec.student_softcap != 0,
         "HAS_TEACHER_CAP": spec.teacher_softcap != 0,
     }
+
+
+def composition_arguments(spec: RowSpec) -> dict[str, Any]:
+    """The arguments that say how the logits of the sides are made, see ``triton_kernels/compositions.py``."""
+    return {
+        "student_composition": composition(spec.student_composition),
+        "teacher_composition": composition(spec.teacher_composition),
+    }
+
+
+def composition(parts: Composition | None) -> tuple[Any, ...] | None:
+    if parts is None:
+        return None
+    return (
+        tuple(other.tensor for other in parts.others),
+        tuple(other.tensor.stride(0) for other in parts.others),
+        tuple(other.softcap or None for other in parts.others),
+        parts.coefficients,
+        parts.offsets,
+        parts.class_bias,
+        parts.bounds,
+        None if parts.columns is None else parts.columns.unbind(-1),
+        None if parts.values is None else parts.values.unbind(-1),
+    )
+
+
+def composed_of(spec: RowSpec) -> list[Tensor]:
+    """The logits that are read besides those of the sides."""
+    compositions = (spec.student_composition, spec.teacher_composition)
+    return [other.tensor for parts in compositions if parts is not None for other in parts.others]
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

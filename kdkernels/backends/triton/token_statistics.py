@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends.rows import STATISTICS, RowSpec, compute_dtype
-from kdkernels.backends.triton.launching import load_kernels, on_device_of, prepare_launch, row_arguments
+from kdkernels.backends.triton.launching import (
+    composed_of,
+    composition_arguments,
+    load_kernels,
+    on_device_of,
+    prepare_launch,
+    row_arguments,
+)
 
 __all__ = ["token_statistics"]
 
@@ -14,7 +21,7 @@ __all__ = ["token_statistics"]
 def token_statistics(student: Tensor, teacher: Tensor | None, spec: RowSpec) -> tuple[Tensor, Tensor]:
     """(values [N, 10], columns as `rows.STATISTICS` names them; argmax int64 [N, 2])."""
     rows, vocab_size = student.shape
-    launch = prepare_launch(student, teacher)
+    launch = prepare_launch(student, teacher, *composed_of(spec))
     values = torch.empty(rows, len(STATISTICS), dtype=compute_dtype(student, teacher), device=student.device)
     argmax = torch.empty(rows, 2, dtype=torch.int64, device=student.device)
     if rows:
@@ -29,6 +36,7 @@ def token_statistics(student: Tensor, teacher: Tensor | None, spec: RowSpec) -> 
                 argmax,
                 spec.labels,
                 **row_arguments(spec),
+                **composition_arguments(spec),
                 COMPUTE=launch.compute,
                 UNROLL=launch.unroll,
                 LANES=launch.lanes,
