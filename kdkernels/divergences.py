@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -110,6 +110,11 @@ class OneParameter(WithTensors):
     def parameters(self) -> Tensor | None:
         value = getattr(self, fields(self)[0].name)  # type: ignore[arg-type]
         return value if isinstance(value, Tensor) else None
+
+    def with_parameters(self, parameters: Tensor) -> Divergence:
+        """The same divergence of other parameters."""
+        changed: Divergence = replace(self, **{fields(self)[0].name: parameters})  # type: ignore[type-var,arg-type]
+        return changed
 
 
 def as_number_or_tensor(owner: object, name: str) -> float | None:
