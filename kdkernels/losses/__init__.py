@@ -5,7 +5,25 @@ formula is from and how sure that is stands in its docstring. ``names()`` lists 
 """
 
 from kdkernels.losses.cross_tokenizer import ALM, GOLD, ALMLatents
+from kdkernels.losses.decoupled import ATKD, DKD, NKD, OFAKD, TTM, USKD, WTTM
 from kdkernels.losses.optimal_transport import ULD, CoT2Align, SinKD, WCoRD
 from kdkernels.losses.registry import get, names
 
-__all__ = ["ALM", "GOLD", "ULD", "ALMLatents", "CoT2Align", "SinKD", "WCoRD", "get", "names"]
+__all__ = [
+    "ALM",
+    "ATKD",
+    "DKD",
+    "GOLD",
+    "NKD",
+    "OFAKD",
+    "TTM",
+    "ULD",
+    "USKD",
+    "WTTM",
+    "ALMLatents",
+    "CoT2Align",
+    "SinKD",
+    "WCoRD",
+    "get",
+    "names",
+]
