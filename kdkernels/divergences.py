@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -110,6 +110,11 @@ class OneParameter(WithTensors):
     def parameters(self) -> Tensor | None:
         value = getattr(self, fields(self)[0].name)  # type: ignore[arg-type]
         return value if isinstance(value, Tensor) else None
+
+    def with_parameters(self, parameters: Tensor) -> Divergence:
+        """The same divergence of other parameters."""
+        changed: Divergence = replace(self, **{fields(self)[0].name: parameters})  # type: ignore[type-var,arg-type]
+        return changed
 
 
 def as_number_or_tensor(owner: object, name: str) -> float | None:
@@ -315,7 +320,7 @@ class Hellinger(Divergence):
 class Decoupled(WithTensors):
     """``rest_weight D(N(p), N(q)) + target_weight KL((p_y, 1 - p_y) || (q_y, 1 - q_y))``, the label y apart from the rest.
 
-    N is the softmax over all entries but y (Decoupled Knowledge Distillation, arXiv 2203.08679, equation 7). With
+    N is the softmax over all entries but y (Decoupled Knowledge Distillation, arXiv 2203.08679). With
     ``D = ForwardKL()``, ``target_weight=1`` and ``rest_weight=1 - p_y`` this is the forward KL of the whole. Needs
     ``labels``, and logits or heads on both sides. Sums are over the other entries, so that nothing cancels as p_y or q_y
     tends to 1. In a vocabulary of one entry it is 0.

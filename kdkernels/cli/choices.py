@@ -24,6 +24,7 @@ DIVERGENCES: dict[str, Divergence] = {
     "hellinger": kd.Hellinger(),
     "renyi": kd.Renyi(0.7),
     "ab": kd.ABDivergence(0.6, 0.5),
+    "soft_cross_entropy": kd.SoftCrossEntropy(),
 }
 """Every divergence, with parameters that are nobody's special case."""
 
@@ -40,6 +41,7 @@ class DivergenceName(str, enum.Enum):
     HELLINGER = "hellinger"
     RENYI = "renyi"
     AB = "ab"
+    SOFT_CROSS_ENTROPY = "soft_cross_entropy"
 
 
 class Dtype(str, enum.Enum):

@@ -23,6 +23,7 @@ from kdkernels.losses.divergences import (
     PromptKD,
     SelfEvolutionKD,
 )
+from kdkernels.losses.decoupled import ATKD, DKD, NKD, OFAKD, TTM, USKD, WTTM
 from kdkernels.losses.optimal_transport import ULD, CoT2Align, SinKD, WCoRD
 from kdkernels.losses.registry import get, names
 
@@ -48,6 +49,17 @@ __all__ = [
     "GroundTruthSelfDistillation",
     "PromptKD",
     "SelfEvolutionKD",
+    "ATKD",
+    "DKD",
+    "GOLD",
+    "NKD",
+    "OFAKD",
+    "TTM",
+    "ULD",
+    "USKD",
+    "WTTM",
+    "ALMLatents",
+    "CoT2Align",
     "SinKD",
     "WCoRD",
     "get",

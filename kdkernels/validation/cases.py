@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
+from kdkernels.divergences import Divergence, OneParameter
 from kdkernels.sources import Source, SparseTeacher
 
 __all__ = ["Case", "Inputs", "head_cases", "logit_cases"]
@@ -37,6 +38,16 @@ class Inputs(NamedTuple):
     """The others."""
     upstream: Tensor
     """Gradients that are sent to the losses of the single tokens."""
+    shares: Tensor | None = None
+    """Per token, in the place of a divergence's parameter."""
+    decoupled: bool = False
+    """The labels' entries stand apart."""
+
+    def adapted(self, divergence: Divergence) -> Divergence:
+        """The divergence with what these inputs change of it."""
+        if self.shares is not None and isinstance(divergence, OneParameter):
+            divergence = divergence.with_parameters(self.shares)
+        return kd.Decoupled(divergence, target_weight=0.7) if self.decoupled else divergence
 
 
 @dataclass(frozen=True)
@@ -57,8 +68,10 @@ class Case:
     temperature: float = 1.0
     teacher_temperature: float | None = None
     per_token: bool = False
-    """Temperatures and weights are tensors."""
+    """Temperatures, weights and the parameters of divergences are tensors."""
     labels: bool = False
+    decoupled: bool = False
+    """The labels' entries stand apart."""
     padded: bool = False
     """Both vocabularies are padded, each to its own size, and ``vocab_size`` cuts them."""
     teacher_dtype: torch.dtype | None = None
@@ -155,7 +168,11 @@ class Case:
             loss_options["ce_weight"] = 0.5
         if self.padded:
             options["vocab_size"] = self.vocab
-        return Inputs(leaves, self.polluted(leaves, random.mask), sources, options, loss_options, random.positive())
+        shares = (random.positive() - 0.5) / 2 if self.per_token else None
+        polluted = self.polluted(leaves, random.mask)
+        return Inputs(
+            leaves, polluted, sources, options, loss_options, random.positive(), shares, decoupled=self.decoupled
+        )
 
     def polluted(self, leaves: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
         if not self.masked_rows:
@@ -207,6 +224,7 @@ def logit_cases(vocabularies: Sequence[int], odd: int, wide: int) -> list[Case]:
         Case("-inf columns", wide, masked_columns=True),
         Case("masked tokens holding NaN", odd, masked_rows=True),
         Case("labels", wide, labels=True, temperature=1.5),
+        Case("labels apart", odd, labels=True, decoupled=True, temperature=1.5, masked_columns=True),
         Case("padded vocabularies", odd, padded=True, masked_columns=True),
         Case("logits of hundreds", wide, spread=200.0, term_size=200.0),
         Case("all at once", odd, masked_columns=True, masked_rows=True, per_token=True, padded=True),

@@ -106,7 +106,8 @@ def make_plan(
             plan += [Target("divergence", divergence, name, dtype, logits) for dtype in dtypes]
         # The first and the last: the row kernels are the same, or the same formulas.
         some = divergences[:: max(1, len(divergences) - 1)]
-        for operation, cases in (("linear_divergence", heads), ("sparse_divergence", logits)):
+        truncatable = tuple(case for case in logits if not case.decoupled)
+        for operation, cases in (("linear_divergence", heads), ("sparse_divergence", truncatable)):
             plan += [Target(operation, divergence, name, dtype, cases) for divergence in some for dtype in dtypes]
         plan += [Target("token_statistics", None, name, dtype, logits) for dtype in dtypes]
         pickable = tuple(case for case in logits if case.pickable)
@@ -183,7 +184,7 @@ def answers(library: Any, inputs: Inputs, target: Target, arguments: dict[str, A
         return sorted_l1_answers(library, inputs, arguments)
     if target.divergence is None:
         return statistics_answers(library, inputs, arguments)
-    return loss_answers(library, inputs, target.divergence, arguments)
+    return loss_answers(library, inputs, inputs.adapted(target.divergence), arguments)
 
 
 def loss_answers(library: Any, inputs: Inputs, divergence: Divergence, arguments: dict[str, Any]) -> Answers:
