@@ -7,6 +7,7 @@ from kdkernels.arguments.divergence import Total, prepare_loss, prepare_statisti
 from kdkernels.arguments.pairwise_hidden import hidden_pairs
 from kdkernels.arguments.pairwise_l1 import Pairs, prepare_pairs
 from kdkernels.arguments.records import pack_rows, unpack_rows
+from kdkernels.arguments.relation import Relation, prepare_relation
 from kdkernels.arguments.rows import Problem, check_memory_budget
 from kdkernels.arguments.sinkhorn import Transport, prepare_sinkhorn
 from kdkernels.arguments.sorted_l1 import prepare_sorted_l1
@@ -17,6 +18,7 @@ __all__ = [
     "Pairs",
     "Picking",
     "Problem",
+    "Relation",
     "SetProblem",
     "Total",
     "Transport",
@@ -25,6 +27,7 @@ __all__ = [
     "pack_rows",
     "prepare_loss",
     "prepare_pairs",
+    "prepare_relation",
     "prepare_sample",
     "prepare_sinkhorn",
     "prepare_sorted_l1",

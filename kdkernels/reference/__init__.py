@@ -4,6 +4,7 @@ from kdkernels.reference.divergence import distillation_loss
 from kdkernels.reference.pairwise_hidden import pairwise_cosine, pairwise_sqeuclidean
 from kdkernels.reference.pairwise_l1 import pairwise_l1
 from kdkernels.reference.records import pack, unpack
+from kdkernels.reference.relation import relation_loss
 from kdkernels.reference.sinkhorn import sinkhorn
 from kdkernels.reference.sorted_l1 import sorted_l1
 from kdkernels.reference.token_log_probs import token_log_probs, token_set_log_probs
@@ -16,6 +17,7 @@ __all__ = [
     "pairwise_cosine",
     "pairwise_l1",
     "pairwise_sqeuclidean",
+    "relation_loss",
     "sample_logits",
     "sinkhorn",
     "sorted_l1",
