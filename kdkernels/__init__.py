@@ -21,6 +21,7 @@ from kdkernels.divergences import (
     SkewReverseKL,
 )
 from kdkernels.functional import (
+    angle_loss,
     distillation_loss,
     pack,
     pairwise_cosine,
@@ -68,6 +69,7 @@ __all__ = [
     "TokenStatistics",
     "TopKLogits",
     "alignment",
+    "angle_loss",
     "backends",
     "debug",
     "distillation_loss",

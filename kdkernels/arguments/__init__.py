@@ -3,6 +3,7 @@
 Every refusal happens here, before a kernel runs, and names the argument, what was given and what is allowed.
 """
 
+from kdkernels.arguments.angle import check_points
 from kdkernels.arguments.divergence import Total, prepare_loss, prepare_statistics, with_tolerance
 from kdkernels.arguments.pairwise_hidden import hidden_pairs
 from kdkernels.arguments.pairwise_l1 import Pairs, prepare_pairs
@@ -23,6 +24,7 @@ __all__ = [
     "Total",
     "Transport",
     "check_memory_budget",
+    "check_points",
     "hidden_pairs",
     "pack_rows",
     "prepare_loss",

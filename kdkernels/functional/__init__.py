@@ -1,5 +1,6 @@
 """The public functions, one module per kernel family."""
 
+from kdkernels.functional.angle import angle_loss
 from kdkernels.functional.divergence import distillation_loss
 from kdkernels.functional.pairwise_hidden import pairwise_cosine, pairwise_sqeuclidean
 from kdkernels.functional.pairwise_l1 import pairwise_l1
@@ -12,6 +13,7 @@ from kdkernels.functional.token_statistics import token_statistics
 from kdkernels.functional.topk import sample_logits, topk_logits
 
 __all__ = [
+    "angle_loss",
     "distillation_loss",
     "pack",
     "pairwise_cosine",

@@ -1,5 +1,6 @@
 """Pure PyTorch versions of the public functions, under the same names and arguments. They say what is right."""
 
+from kdkernels.reference.angle import angle_loss
 from kdkernels.reference.divergence import distillation_loss
 from kdkernels.reference.pairwise_hidden import pairwise_cosine, pairwise_sqeuclidean
 from kdkernels.reference.pairwise_l1 import pairwise_l1
@@ -12,6 +13,7 @@ from kdkernels.reference.token_statistics import token_statistics
 from kdkernels.reference.topk import sample_logits, topk_logits
 
 __all__ = [
+    "angle_loss",
     "distillation_loss",
     "pack",
     "pairwise_cosine",
