@@ -142,5 +142,5 @@ def test_refusals() -> None:
         kd.angle_loss(torch.ones(3), torch.ones(3, 2))
     with pytest.raises(ValueError, match="as many points"):
         kd.angle_loss(torch.ones(3, 2), torch.ones(4, 2))
-    with pytest.raises(TypeError, match="teacher must be a torch.Tensor"):
+    with pytest.raises(TypeError, match=r"teacher must be a torch\.Tensor"):
         kd.angle_loss(torch.ones(3, 2), None)  # type: ignore[arg-type]

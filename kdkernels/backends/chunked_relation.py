@@ -70,9 +70,8 @@ class Side:
         self.scale = scale
         self.masks = relations.masks
         self.buffer = self.left.new_empty(scores)
-        # Zeros: what lies in a new buffer may be NaN, and the first product into a slice of right adds to it.
         self.left_gradient = torch.empty_like(self.left) if wanted[0] else None
-        self.right_gradient = torch.zeros_like(self.right) if wanted[1] else None
+        self.right_gradient = torch.empty_like(self.right) if wanted[1] else None
 
     def scores(self, chunk: Chunk) -> Tensor:
         left, right = self.left[chunk.problems, chunk.rows], self.right[chunk.problems]
@@ -87,8 +86,10 @@ class Side:
             part = self.left_gradient[chunk.problems, chunk.rows]
             torch.baddbmm(part, gradient, self.right[chunk.problems], beta=0, alpha=self.scale, out=part)
         if self.right_gradient is not None:
+            part = self.right_gradient[chunk.problems]
+            first = int(chunk.rows.start > 0)  # a product to add to has been made
             left = self.left[chunk.problems, chunk.rows]
-            self.right_gradient[chunk.problems].baddbmm_(gradient.mT, left, alpha=self.scale)
+            torch.baddbmm(part, gradient.mT, left, beta=first, alpha=self.scale, out=part)
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ class QATAttention(nn.Module):
         terms = []
         for (q, k), (tq, tk) in zip(student, teacher, strict=True):
             sizes = q.new_full(q.shape[:1], q.shape[-2]) if lengths is None else lengths.clamp(min=1)
-            weight = (1 / (sizes * max(1, q.shape[0] * q.shape[1]))).view(-1, 1, 1).expand(q.shape[:-1])
+            weight = (1 / (sizes.double() * max(1, q.shape[0] * q.shape[1]))).view(-1, 1, 1).expand(q.shape[:-1])
             inside = None if lengths is None else lengths.unsqueeze(-1)
             terms.append(
                 self.map_weight

@@ -16,7 +16,7 @@ from torch import Tensor
 from kdkernels.backends import chunked_relation
 from kdkernels.backends.relations import Masks, Relations
 from kdkernels.backends.rows import Scales, compute_dtype
-from kdkernels.ops.eager import save, saved, traced
+from kdkernels.ops.eager import save, saved, take_scaled, traced
 from kdkernels.ops.schema import (
     SPEC,
     TAGS,
@@ -227,6 +227,18 @@ def setup_total(ctx: Any, inputs: Arguments, output: tuple[Tensor, Tensor, Tenso
     keep(ctx, tensors, options, divergence_scale, cross_entropy_scale, output[1], output[2], *output[3])
 
 
+def second_order_total(
+    inputs: Sequence[Any], options: Sequence[Any], needs: Sequence[bool], grad_total: Tensor
+) -> list[Tensor | None]:
+    """The gradients to the four tensors and to the two scales, differentiable once more."""
+
+    def value(*inputs: Any) -> list[Tensor]:
+        values = row_values(unpack(inputs[:COUNT], options)[0])
+        return [weighted_sum(inputs[COUNT:], values[0], values[-1])]
+
+    return differentiable_gradients(value, inputs, needs, [grad_total])
+
+
 def backward_total(ctx: Any, grad_total: Tensor | None, *_: Any) -> Arguments:
     nothing = (None,) * (BEFORE_SPEC + 1)
     if grad_total is None:
@@ -236,13 +248,8 @@ def backward_total(ctx: Any, grad_total: Tensor | None, *_: Any) -> Arguments:
     needs = ctx.needs_input_grad[: COUNT + 2]
     gradients: list[Tensor | None]
     if torch.is_grad_enabled():
-
-        def value(*inputs: Any) -> list[Tensor]:
-            values = row_values(unpack(inputs[:COUNT], options)[0])
-            return [weighted_sum(inputs[COUNT:], values[0], values[-1])]
-
         inputs = (*tensors, divergence_scale, cross_entropy_scale)
-        gradients = differentiable_gradients(value, inputs, needs, [grad_total])
+        gradients = second_order_total(inputs, options, needs, grad_total)
     else:
         found = [part * grad_total if want else None for part, want in zip(made, needs[:COUNT], strict=True)]
         gradients = [
@@ -256,19 +263,31 @@ def backward_total(ctx: Any, grad_total: Tensor | None, *_: Any) -> Arguments:
 relation_total_op.register_autograd(backward_total, setup_context=setup_total)
 
 
-class Total(torch.autograd.Function):
-    """``relation_total`` without the dispatcher; of a list, autograd functions would see no tensors."""
+class FusedTotal(torch.autograd.Function):
+    """``relation_total`` in eager mode, where the gradients are handed on without a copy."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Any, ...]:
-        value, divergence, cross_entropy, gradients = forward_total(*arguments)
-        return value, divergence, cross_entropy, *gradients
+    def forward(ctx: Any, options: Arguments, *inputs: Tensor | None) -> Tensor:
+        wanted = list(ctx.needs_input_grad[1 : COUNT + 1])
+        tensors, (divergence_scale, cross_entropy_scale) = inputs[:COUNT], inputs[COUNT:]
+        relations, memory_budget, backend = unpack(tensors, options)
+        assert divergence_scale is not None
+        scales = divergence_scale, cross_entropy_scale
+        divergence, cross_entropy, ctx.gradients = chunked_relation.divergence_with_gradients(
+            relations, scales, wanted, memory_budget, backend
+        )
+        ctx.values = divergence, cross_entropy
+        ctx.options = options
+        save(ctx, *inputs)
+        return weighted_sum(scales, divergence, cross_entropy)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Arguments, output: tuple[Any, ...]) -> None:
-        setup_total(ctx, inputs, (*output[:3], list(output[3:])))
-
-    backward = staticmethod(backward_total)
+    def backward(ctx: Any, grad_total: Tensor) -> Arguments:
+        inputs, needs = saved(ctx), ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():
+            return None, *second_order_total(inputs, ctx.options, needs, grad_total)
+        scales = [value * grad_total if want else None for value, want in zip(ctx.values, needs[COUNT:], strict=True)]
+        return None, *in_dtypes(take_scaled(ctx, grad_total), inputs[:COUNT]), *scales
 
 
 def total(relations: Relations, scales: Scales, memory_budget: int | None, backend: str) -> Tensor:
@@ -280,15 +299,14 @@ def total(relations: Relations, scales: Scales, memory_budget: int | None, backe
     cross_entropy_scale = None if relations.spec.labels is None else all_scales
     wanted = wanted_gradients(relations)
     options = pack(relations, memory_budget, backend)
-    arguments = (*relations.tensors, divergence_scale, cross_entropy_scale, wanted, *options)
     scales_want = torch.is_grad_enabled() and (
         divergence_scale.requires_grad or (cross_entropy_scale is not None and cross_entropy_scale.requires_grad)
     )
     value: Tensor
     if traced(*relations.tensors):
-        value = relation_total_op(*arguments)[0]
+        value = relation_total_op(*relations.tensors, divergence_scale, cross_entropy_scale, wanted, *options)[0]
     elif any(wanted) or scales_want:
-        value = Total.apply(*arguments)[0]  # type: ignore[no-untyped-call]
+        value = FusedTotal.apply(options, *relations.tensors, divergence_scale, cross_entropy_scale)  # type: ignore[no-untyped-call]
     else:
         divergence, cross_entropy = forward(*relations.tensors, *options)
         value = weighted_sum((divergence_scale, cross_entropy_scale), divergence, cross_entropy)
