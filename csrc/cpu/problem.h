@@ -329,6 +329,26 @@ struct SinkhornGradientProblem : SinkhornProblem {
   void* grad_b = nullptr;
 };
 
+// One side of the `angle` family: [points, points] both.
+struct AngleSide {
+  const double* gram = nullptr;
+  const double* inverse_distances = nullptr;  // 0 where two points coincide
+};
+
+// Sums over triples of points i, j, k: j the corner, one of those listed. See csrc/cpu/angle.cpp.
+struct AngleProblem {
+  int64_t points = 0;
+  int threads = 1;
+  AngleSide student;
+  AngleSide teacher;
+  int64_t corner_count = 0;
+  const int64_t* corners = nullptr;
+
+  double* losses = nullptr;    // [points]: sums over j and k
+  double* gradient = nullptr;  // [points, points]: to <e_i - e_j, e_k - e_j> of the student, sums over j
+  double* sums = nullptr;      // [points, points]: the same for i and j, sums over k; of the corners alone
+};
+
 // A buffer of this thread, at least `bytes` long and aligned to 64; it is kept between calls.
 // Null if there is no memory.
 void* thread_scratch(int64_t bytes);
@@ -355,6 +375,7 @@ void populate(void* data, int64_t bytes);
   bool sorted_l1(const SortedL1Problem& problem);                                 \
   bool sinkhorn(const SinkhornProblem& problem);                                  \
   bool sinkhorn_gradient(const SinkhornGradientProblem& problem);                 \
+  bool angle(const AngleProblem& problem);                                        \
   }
 KD_DECLARE_CPU_KERNELS(baseline)
 KD_DECLARE_CPU_KERNELS(avx2)

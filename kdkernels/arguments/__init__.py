@@ -4,10 +4,12 @@ Every refusal happens here, before a kernel runs, and names the argument, what w
 """
 
 from kdkernels.arguments.compositions import with_normalisers
+from kdkernels.arguments.angle import check_points
 from kdkernels.arguments.divergence import Total, prepare_loss, prepare_statistics, with_tolerance
 from kdkernels.arguments.pairwise_hidden import hidden_pairs
 from kdkernels.arguments.pairwise_l1 import Pairs, prepare_pairs
 from kdkernels.arguments.records import pack_rows, unpack_rows
+from kdkernels.arguments.relation import Relation, prepare_relation
 from kdkernels.arguments.rows import Problem, check_memory_budget
 from kdkernels.arguments.sinkhorn import Transport, prepare_sinkhorn
 from kdkernels.arguments.sorted_l1 import prepare_sorted_l1
@@ -18,14 +20,17 @@ __all__ = [
     "Pairs",
     "Picking",
     "Problem",
+    "Relation",
     "SetProblem",
     "Total",
     "Transport",
     "check_memory_budget",
+    "check_points",
     "hidden_pairs",
     "pack_rows",
     "prepare_loss",
     "prepare_pairs",
+    "prepare_relation",
     "prepare_sample",
     "prepare_sinkhorn",
     "prepare_sorted_l1",

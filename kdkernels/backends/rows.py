@@ -47,6 +47,9 @@ is float64 if either side is, else float32.
     ``grad`` ``[B, n, m]``, ``centres`` ``[B n]`` and ``[B m]``, each contiguous and of the compute type. None: not
     wanted. Each may be the storage of its own logits.
 
+``angle(student, teacher, corners) -> (losses [B], gradient [B, B], sums [B, B])``
+    Not of rows but of points: see ``backends.angles``.
+
 Rows that are not active have value and gradient zero, whatever their logits hold.
 """
 

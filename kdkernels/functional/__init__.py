@@ -1,9 +1,11 @@
 """The public functions, one module per kernel family."""
 
+from kdkernels.functional.angle import angle_loss
 from kdkernels.functional.divergence import distillation_loss
 from kdkernels.functional.pairwise_hidden import pairwise_cosine, pairwise_sqeuclidean
 from kdkernels.functional.pairwise_l1 import pairwise_l1
 from kdkernels.functional.records import pack, unpack
+from kdkernels.functional.relation import relation_loss
 from kdkernels.functional.sinkhorn import sinkhorn
 from kdkernels.functional.sorted_l1 import sorted_l1
 from kdkernels.functional.token_log_probs import token_log_probs, token_set_log_probs
@@ -11,11 +13,13 @@ from kdkernels.functional.token_statistics import token_statistics
 from kdkernels.functional.topk import sample_logits, topk_logits
 
 __all__ = [
+    "angle_loss",
     "distillation_loss",
     "pack",
     "pairwise_cosine",
     "pairwise_l1",
     "pairwise_sqeuclidean",
+    "relation_loss",
     "sample_logits",
     "sinkhorn",
     "sorted_l1",

@@ -1,9 +1,11 @@
 """Pure PyTorch versions of the public functions, under the same names and arguments. They say what is right."""
 
+from kdkernels.reference.angle import angle_loss
 from kdkernels.reference.divergence import distillation_loss
 from kdkernels.reference.pairwise_hidden import pairwise_cosine, pairwise_sqeuclidean
 from kdkernels.reference.pairwise_l1 import pairwise_l1
 from kdkernels.reference.records import pack, unpack
+from kdkernels.reference.relation import relation_loss
 from kdkernels.reference.sinkhorn import sinkhorn
 from kdkernels.reference.sorted_l1 import sorted_l1
 from kdkernels.reference.token_log_probs import token_log_probs, token_set_log_probs
@@ -11,11 +13,13 @@ from kdkernels.reference.token_statistics import token_statistics
 from kdkernels.reference.topk import sample_logits, topk_logits
 
 __all__ = [
+    "angle_loss",
     "distillation_loss",
     "pack",
     "pairwise_cosine",
     "pairwise_l1",
     "pairwise_sqeuclidean",
+    "relation_loss",
     "sample_logits",
     "sinkhorn",
     "sorted_l1",

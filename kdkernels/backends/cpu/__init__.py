@@ -1,5 +1,6 @@
 """The native CPU backend: hands addresses of torch tensors to the C++ kernels (families in ``csrc/cpu``)."""
 
+from kdkernels.backends.cpu.angle import angle
 from kdkernels.backends.cpu.divergence import (
     SAVED_STATISTICS,
     divergence_backward,
@@ -20,6 +21,7 @@ from kdkernels.backends.cpu.topk import sample, topk
 __all__ = [
     "SAVED_STATISTICS",
     "SINKHORN_POTENTIALS",
+    "angle",
     "collect_entries",
     "divergence_backward",
     "divergence_forward",

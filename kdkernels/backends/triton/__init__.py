@@ -3,6 +3,7 @@
 With ``TRITON_INTERPRET=1`` set before triton is imported, they run in Triton's interpreter instead, on CPU tensors.
 """
 
+from kdkernels.backends.triton.angle import angle
 from kdkernels.backends.triton.divergence import (
     SAVED_STATISTICS,
     divergence_backward,
@@ -21,6 +22,7 @@ from kdkernels.backends.triton.topk import sample, topk
 __all__ = [
     "SAVED_STATISTICS",
     "SINKHORN_POTENTIALS",
+    "angle",
     "divergence_backward",
     "divergence_forward",
     "divergence_fused",

@@ -1,0 +1,20 @@
+"""What the tests of relation and angle run where Triton's interpreter is on, see ``interpreted``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import interpreted  # noqa: F401 - makes the interpreter fast
+import torch
+from torch import Tensor
+
+import kdkernels as kd
+
+
+def results(name: str, given: Sequence[Tensor], options: dict[str, Any], backend: str = "triton") -> list[Tensor]:
+    """The loss, and its gradients to the tensors that have one."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in given]
+    loss = getattr(kd, name)(*leaves, backend=backend, **options)
+    gradients = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+    return [loss.detach(), *(gradient for gradient in gradients if gradient is not None)]
