@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from kdkernels import alignment, losses, reference, store
+from kdkernels import alignment, catalogue, losses, reference, store, weighting
 from kdkernels.backends import BackendStatus, backends
 from kdkernels.backends.gradient_entries import GradientReport
 from kdkernels.debugging import debug
@@ -68,6 +68,7 @@ __all__ = [
     "TopKLogits",
     "alignment",
     "backends",
+    "catalogue",
     "debug",
     "distillation_loss",
     "losses",
@@ -85,4 +86,5 @@ __all__ = [
     "token_statistics",
     "topk_logits",
     "unpack",
+    "weighting",
 ]
