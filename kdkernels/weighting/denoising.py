@@ -24,8 +24,8 @@ class LossMixture(NamedTuple):
     def log_densities(self, losses: Tensor, inflation: float = 1.0) -> Tensor:
         """``[2, ...]``, log(share times density), the clean component's deviation multiplied by ``inflation``."""
         shape = (2, *(1,) * losses.dim())
-        wider = torch.tensor([inflation, 1.0], dtype=torch.float64, device=losses.device)
-        deviations = (self.deviations * wider).reshape(shape)
+        clean, noisy = self.deviations.unbind()
+        deviations = torch.stack([inflation * clean, noisy]).reshape(shape)
         distance = (losses.double() - self.means.reshape(shape)) / deviations
         return self.shares.log().reshape(shape) - deviations.log() - 0.5 * (distance.square() + math.log(2 * math.pi))
 

@@ -20,8 +20,8 @@ def class_means(probabilities: Tensor, labels: Tensor, classes: int | None = Non
     check_dense("labels", labels, (torch.int64,))
     rows = probabilities.shape[-1] if classes is None else check_count("classes", classes)
     sums = probabilities.new_zeros(rows, probabilities.shape[-1]).index_add(0, labels, probabilities.detach())
-    counts = torch.bincount(labels, minlength=rows).clamp(min=1)
-    return sums / counts.unsqueeze(-1)
+    counts = sums.new_zeros(rows).index_add(0, labels, sums.new_ones(len(labels)))
+    return sums / counts.clamp(min=1).unsqueeze(-1)
 
 
 class TrilateralWeights(nn.Module):

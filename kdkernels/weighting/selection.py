@@ -117,8 +117,9 @@ def farthest_first(points: Tensor, count: int, *, chosen: Tensor | None = None) 
         distance = torch.cdist(points, chosen.detach()).amin(-1)
     found = []
     for _ in range(count):
-        place = distance.argmax()
+        # As an index of one dimension: picking by a number would wait for the device.
+        place = distance.argmax().reshape(1)
         found.append(place)
-        distance = torch.minimum(distance, (points - points[place]).norm(dim=-1))
+        distance = torch.minimum(distance, (points - points.index_select(0, place)).norm(dim=-1))
         distance = distance.index_fill(0, place, -torch.inf)
-    return torch.stack(found)
+    return torch.cat(found)
