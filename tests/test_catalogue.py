@@ -217,3 +217,16 @@ def test_search_finds_all_words() -> None:
     assert [entry.key for entry in page.search(["medusa"])] == ["medusa_heads"]
     assert torch.tensor([len(page.search([word])) for word in ("kl", "sinkhorn")]).gt(0).all()
     assert page.search(["sinkhorn", "medusa"]) == []
+
+
+def test_guide_links_to_keys() -> None:
+    """``which_loss.md`` names no key that is not in the catalogue, nor a file or name that does not exist."""
+    guide = PAGE.with_name("which_loss.md").read_text(encoding="utf-8")
+    linked = set(re.findall(r"losses\.md#(\w+)\)", guide))
+    assert linked <= set(ALL)
+    assert all(f"[`{key}`](losses.md#{key})" in guide for key in linked)
+    assert all((PAGE.parent / name).exists() for name in re.findall(r"\]\((\w+\.md)", guide))
+    for name in set(re.findall(r"`kd\.([\w.]+)", guide)):
+        found: Any = kd
+        for part in name.split("."):
+            found = getattr(found, part)

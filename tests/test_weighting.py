@@ -10,6 +10,7 @@ import pytest
 import torch
 from loss_cases import noise
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels as kd
 from kdkernels import weighting as w
@@ -291,10 +292,10 @@ def test_routes() -> None:
         for m in range(3)
     ]
     balance = w.load_balance(gates)
-    assert float(balance) == pytest.approx(sum(math.log(1 / 3 / mean) / 3 for mean in means) / 3)
+    assert float(balance.detach()) == pytest.approx(sum(math.log(1 / 3 / mean) / 3 for mean in means) / 3)
     mean = sum(means) / 3
     spread = math.sqrt(sum((value - mean) ** 2 for value in means) / 2) / mean
-    assert float(w.load_balance(gates, form="variation")) == pytest.approx(spread)
+    assert float(w.load_balance(gates, form="variation").detach()) == pytest.approx(spread)
     balance.backward()
     assert gates.grad is not None
     assert float(gates.grad.abs().sum()) > 0
@@ -431,7 +432,9 @@ def test_trilateral_weights(logits: tuple[Tensor, Tensor]) -> None:
         inputs = torch.cat([s[n], p[n], g, mean, (mean - s[n]) ** 2, (g - s[n]) ** 2, (p[n] - s[n]) ** 2, (p[n] - g) ** 2,
                             (mean - g) ** 2])  # fmt: skip
         hidden = (first.weight @ inputs + first.bias).clamp(min=0)
-        assert float(found[n]) == pytest.approx(1 / (1 + math.exp(-float(second.weight[0] @ hidden + second.bias[0]))))
+        assert float(found[n].detach()) == pytest.approx(
+            1 / (1 + math.exp(-float((second.weight[0] @ hidden + second.bias[0]).detach())))
+        )
     other = w.TrilateralWeights(V, hidden=(4,)).double()
     other.load_state_dict(saved(module.state_dict()))
     torch.testing.assert_close(other(s, p, LABELS, means), found)
@@ -464,6 +467,62 @@ def test_trilateral_weights_learn_through_a_step_of_the_student(logits: tuple[Te
     for one, other in zip(found, right, strict=True):
         assert float(other.abs().max()) > 0
         torch.testing.assert_close(one, other, rtol=0, atol=1e-9 * float(other.abs().max()))
+
+
+# --- devices ------------------------------------------------------------------------------------------------------------
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU: reading a number, and results whose size depends on values."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal", "item")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert not any(name.startswith(each) for each in self.WAITING), f"{name} waits for the device"
+        booleans = [
+            index
+            for index in (args[1] if name.startswith("index.") else [])
+            if index is not None and index.dtype == torch.bool
+        ]
+        assert not booleans, "a boolean index waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_the_device(statistics: kd.TokenStatistics, logits: tuple[Tensor, Tensor]) -> None:
+    scores, gates = logits[0][:, 0].abs() + 0.1, logits[0][:3]
+    probabilities = logits[0].softmax(-1)
+    module = w.TrilateralWeights(V, hidden=(4,)).double()
+    sampler, student = w.DomainSampler(3), Student()
+    averages = w.MovingAverages(student, [0.1])
+    mixture = w.fit_loss_mixture(scores)
+    with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
+        float(scores.sum())
+    with NoWaiting():
+        w.entropy_gap_weights(statistics)
+        w.entropy_weights(statistics)
+        w.teacher_confidence(statistics)
+        w.more_confident(statistics)
+        w.skew_of_hard_tokens(scores)
+        w.near_hit_quality(logits[0], LABELS)
+        w.disagreement_weights(scores)
+        w.fit_loss_mixture(scores, iterations=2)
+        w.denoising_weights(scores, mixture)
+        w.difference_scores(*logits)
+        w.best(scores, fraction=0.5)
+        w.margins(probabilities)
+        w.robust_sampling(scores, wrong=1)
+        w.farthest_first(probabilities, 2)
+        w.route(gates, k=2)
+        w.load_balance(gates)
+        w.mentoring(gates, gates[0], gates > 0, performance=scores[:3])
+        w.most_confident(gates)
+        w.shares(scores)
+        w.peer_weights(gates[:, :3])
+        w.permuted_others(logits[0])
+        module(probabilities, probabilities, LABELS, w.class_means(probabilities, LABELS))
+        sampler.update(scores[:3], scores[:3] + 1)
+        averages.update(student, {"weight": torch.ones(2, dtype=torch.bool)})
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------------

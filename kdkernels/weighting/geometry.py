@@ -71,7 +71,8 @@ class TrilateralWeights(nn.Module):
                 f"teacher_means must have the shape [{self.classes}, {self.classes}], got {tuple(teacher_means.shape)}"
             )
         s, t = student.detach(), teacher.detach()
-        g = nn.functional.one_hot(labels, self.classes).to(s.dtype)
+        # Not one_hot, which looks at the labels and so waits for their device.
+        g = (torch.arange(self.classes, device=labels.device) == labels.unsqueeze(-1)).to(s.dtype)
         m = teacher_means.detach()[labels]
         edges = [(m - s).square(), (g - s).square(), (t - s).square(), (t - g).square(), (m - g).square()]
         weights: Tensor = self.network(torch.cat([s, t, g, m, *edges], -1)).squeeze(-1).sigmoid()
