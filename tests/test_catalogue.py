@@ -62,10 +62,15 @@ def test_no_key_is_written_twice() -> None:
 
 
 def test_classes_and_entries_agree() -> None:
+    """An entry of kind "loss" has its class, and a class, which may be a paper's second one, stands in an entry's lines."""
     with_class = {key for key, entry in ENTRIES.items() if entry.kind == "loss"}
-    assert with_class - PENDING == set(registry.LOSSES) - PENDING, (
-        "a class without an entry, or an entry without its class"
-    )
+    assert with_class <= set(registry.LOSSES), "an entry without its class"
+    lines = "\n".join(entry.use for entry in ENTRIES.values() if entry.kind == "loss")
+    for key, loss in registry.LOSSES.items():
+        if key in PENDING:
+            continue
+        assert f"kd.losses.{loss.__name__}(" in lines, f"{loss.__name__}, registered as {key!r}, is in no entry"
+        assert key in with_class or key not in ENTRIES, f"{key!r} has a class and is said to have none"
     for key in with_class:
         loss = kd.losses.get(key)
         assert issubclass(loss, nn.Module)

@@ -32,10 +32,10 @@ of a loss, `kd.losses.describe(key)` what stands below. Which one to take: [whic
 
 
 def calls(entry: Entry) -> list[str]:
-    """The names of this library that an entry's lines use, in their order; of a loss its class alone."""
+    """The names of this library that an entry's lines use, in their order; of a loss the classes alone."""
     names = dict.fromkeys(re.findall(r"\bkd(?:\.\w+)+", entry.use))
     if entry.kind == "loss":
-        return [name for name in names if re.match(r"kd\.losses\.[A-Z]", name)][:1]
+        return [name for name in names if re.match(r"kd\.losses\.[A-Z]", name)]
     return [name for name in names if name not in SOURCES] or ["plain PyTorch"]
 
 

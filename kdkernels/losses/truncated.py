@@ -8,13 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels.arguments.rows import side
-from kdkernels.checks import check_choice, check_flag, check_floating, check_integer, check_integral, check_real
+from kdkernels.checks import (
+    check_choice,
+    check_flag,
+    check_floating,
+    check_integer,
+    check_integral,
+    check_real,
+    check_share,
+)
 from kdkernels.functional import distillation_loss, token_log_probs, topk_logits, unpack
 from kdkernels.losses.registry import register
 from kdkernels.losses.sequences import IGNORED, detached, mean_over
 from kdkernels.reference.rows import effective_logits
 from kdkernels.sources import PackedLogits, SampledLogits, Source, SparseTeacher, TopKLogits
-from kdkernels.weighting.schedules import LogarithmicDecay, check_share
+from kdkernels.weighting.schedules import LogarithmicDecay
 
 __all__ = [
     "FIRST",

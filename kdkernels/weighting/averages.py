@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdkernels.checks import check_flag, check_real
-from kdkernels.weighting.schedules import check_count
+from kdkernels.checks import check_count, check_flag, check_real
 
 __all__ = ["MovingAverages"]
 

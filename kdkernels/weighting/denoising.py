@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels.checks import check_floating, check_real
-from kdkernels.weighting.schedules import check_count
+from kdkernels.checks import check_count, check_floating, check_real
 
 __all__ = ["LossMixture", "denoising_weights", "fit_loss_mixture"]
 

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kdkernels.checks import check_dense, check_floating
-from kdkernels.weighting.schedules import check_count
+from kdkernels.checks import check_count, check_dense, check_floating
 
 __all__ = ["TrilateralWeights", "class_means"]
 

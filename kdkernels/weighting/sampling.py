@@ -8,8 +8,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from kdkernels.checks import check_choice, check_dense, check_real
-from kdkernels.weighting.schedules import check_count, check_share
+from kdkernels.checks import check_choice, check_count, check_dense, check_real, check_share
 
 __all__ = ["AdaptiveStudentShare", "DomainSampler", "ReplayBuffer"]
 

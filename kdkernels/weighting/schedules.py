@@ -6,35 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from kdkernels.checks import check_choice, check_integer, check_real
+from kdkernels.checks import check_choice, check_count, check_real
 
-__all__ = [
-    "ExponentialDecay",
-    "LogarithmicDecay",
-    "Ramp",
-    "Schedule",
-    "WarmupStableDecay",
-    "check_count",
-    "check_share",
-]
+__all__ = ["ExponentialDecay", "LogarithmicDecay", "Ramp", "Schedule", "WarmupStableDecay"]
 
 SHAPES = ("linear", "cosine", "sine")
-
-
-def check_count(name: str, value: object, least: int = 1) -> int:
-    """A whole number of steps, samples and the like."""
-    count = check_integer(name, value)
-    if count < least:
-        raise ValueError(f"{name} must be at least {least}, got {count}")
-    return count
-
-
-def check_share(name: str, value: object) -> float:
-    """A number from 0 to 1."""
-    share = check_real(name, value)
-    if not 0 <= share <= 1:
-        raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
-    return share
 
 
 class Schedule:

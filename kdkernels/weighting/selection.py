@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdkernels.checks import check_floating, check_real
+from kdkernels.checks import check_count, check_floating, check_real
 from kdkernels.losses.sequences import check_mask, mean_over
-from kdkernels.weighting.schedules import check_count
 
 __all__ = ["best", "difference_scores", "farthest_first", "margins", "robust_sampling"]
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdkernels.checks import check_dense, check_floating, check_real
+from kdkernels.checks import check_dense, check_floating, check_real, check_share
 from kdkernels.statistics import TokenStatistics
-from kdkernels.weighting.schedules import check_share
 
 __all__ = [
     "disagreement_weights",
