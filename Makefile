@@ -13,7 +13,7 @@ ARGS ?=
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo demo-offline test test-fast test-sanitize bench benchmarks lint format clean
+.PHONY: help venv build demo demo-offline test test-fast test-sanitize bench benchmarks docs lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -57,6 +57,9 @@ bench: build  ## time ours against plain PyTorch
 
 benchmarks: build  ## measure what the README reports; tables and pictures in out/benchmarks
 	$(BIN)/pytest benchmarks $(ARGS)
+
+docs: build  ## write the page of the catalogue of losses anew
+	$(BIN)/kdkernels losses --markdown > docs/losses.md
 
 # --- checks ------------------------------------------------------------------------------------------------------------
 

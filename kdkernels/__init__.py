@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from kdkernels import alignment, losses, reference, store, weighting
+from kdkernels import alignment, catalogue, losses, reference, store, weighting
 from kdkernels.backends import BackendStatus, backends
 from kdkernels.backends.gradient_entries import GradientReport
 from kdkernels.debugging import debug
@@ -76,6 +77,7 @@ __all__ = [
     "alignment",
     "angle_loss",
     "backends",
+    "catalogue",
     "debug",
     "distillation_loss",
     "losses",

@@ -14,12 +14,14 @@ __all__ = [
     "ID_DTYPES",
     "LOGIT_DTYPES",
     "check_choice",
+    "check_count",
     "check_dense",
     "check_flag",
     "check_floating",
     "check_integer",
     "check_integral",
     "check_real",
+    "check_share",
     "is_real",
 ]
 
@@ -46,6 +48,22 @@ def check_integer(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     return int(value)
+
+
+def check_count(name: str, value: object, least: int = 1) -> int:
+    """``value``, which must be a whole number of at least ``least``."""
+    count = check_integer(name, value)
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}, got {count}")
+    return count
+
+
+def check_share(name: str, value: object) -> float:
+    """``value`` as a float from 0 to 1."""
+    share = check_real(name, value)
+    if not 0 <= share <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
+    return share
 
 
 def check_flag(name: str, value: object) -> bool:

@@ -291,15 +291,6 @@ def test_bad_input() -> None:
         losses.WCoRD(5, 5, dataset_size=9)(logits[0, :1], logits[0, :1])
 
 
-def test_names() -> None:
-    assert losses.names() == ["alm", "cot2align", "gold", "sinkd", "uld", "wcord"]
-    assert losses.get("sinkd") is kd.losses.SinKD
-    with pytest.raises(KeyError, match="no loss is called 'unknown'; there are alm, cot2align"):
-        losses.get("unknown")
-    with pytest.raises(ValueError, match="key 'uld' is that of ULD already"):
-        losses.registry.register("uld")(losses.SinKD)
-
-
 def test_heads_keep_their_options() -> None:
     options = {"softcap": 3.0, "logit_scale": 0.5, "compute_dtype": torch.bfloat16}
     weight, bias = torch.nn.Parameter(torch.zeros(4, 3)), torch.nn.Parameter(torch.zeros(4))

@@ -62,6 +62,7 @@ class Entry:
     """Where paper and code differ, and what is deliberately not copied."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "use", self.use.strip("\n"))
         for name, allowed in (("chapter", CHAPTERS), ("kind", KINDS), ("confidence", CONFIDENCES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{self.key}: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")

@@ -34,4 +34,12 @@ teacher_queries, teacher_keys, teacher_values = torch.randn(3, 2, 3, 6, 12).unbi
 # Scores of ten documents for each of four queries
 student_scores = torch.randn(4, 10, requires_grad=True)
 teacher_scores = torch.randn(4, 10)
+# Two tokenizations of two texts: chunks that whole tokens of both cover
+teacher_ids = torch.randint(50, (2, 6))
+chunks = kd.alignment.Chunks(
+    torch.tensor([[0, 0, 1, 2, 2, 3], [0, 1, 1, 2, 3, 3]]),
+    torch.tensor([[0, 1, 1, 2, 3, 3], [0, 0, 1, 2, 2, 3]]),
+    torch.tensor([4, 4]),
+    4,
+)
 """

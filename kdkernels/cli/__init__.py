@@ -1,4 +1,4 @@
-"""The command ``kdkernels``: info, check, bench; cache, inspect, verify."""
+"""The command ``kdkernels``: info, check, bench; cache, inspect, verify; losses."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from kdkernels.cli.cache import run_cache
 from kdkernels.cli.check import run_check
 from kdkernels.cli.info import show_info
 from kdkernels.cli.inspect import show_store
+from kdkernels.cli.losses import show_losses
 from kdkernels.cli.verify import run_verify
 from kdkernels.environment import package_version
 
@@ -19,7 +20,7 @@ __all__ = ["app"]
 app = typer.Typer(
     help=(
         "Fused kernels for knowledge distillation: what works here, whether it is right, how fast it is; and teachers' "
-        "logits in stores."
+        "logits in stores; the published losses."
     ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -30,6 +31,7 @@ app.command("bench")(run_bench)
 app.command("cache")(run_cache)
 app.command("inspect")(show_store)
 app.command("verify")(run_verify)
+app.command("losses")(show_losses)
 
 
 def show_version(wanted: bool) -> None:

@@ -307,6 +307,7 @@ def check_scores(name: str, scores: TokenScores, chunk_ids: Tensor, with_space: 
                 )
 
 
+@register("alm_latents")
 class ALMLatents(nn.Module):
     """The latent loss that may accompany ALM: hidden states should agree where chunks end.
 
