@@ -2,7 +2,6 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from kdkernels import alignment, losses, reference, store, weighting
 from kdkernels import alignment, catalogue, losses, reference, store, weighting
 from kdkernels.backends import BackendStatus, backends
 from kdkernels.backends.gradient_entries import GradientReport

@@ -424,8 +424,8 @@ def divergence_forward_kernel(
         # The log-odds of the target, from sums without it: nothing cancels where it has nearly all of the mass.
         has_target = target >= 0
         place = tl.where(has_target, target, 0)
-        target_logit = load_label_logit(student_row, place, vocab_size, student_cap, HAS_STUDENT_CAP, COMPUTE)
-        teacher_logit = load_label_logit(teacher_row, place, vocab_size, teacher_cap, HAS_TEACHER_CAP, COMPUTE)
+        target_logit = load_side_label(student_row, place, vocab_size, student_cap, HAS_STUDENT_CAP, COMPUTE)
+        teacher_logit = load_side_label(teacher_row, place, vocab_size, teacher_cap, HAS_TEACHER_CAP, COMPUTE)
         y = (target_logit - max_s) * student_scale - log_sum_s
         x = (teacher_logit - max_t) * teacher_scale - log_sum_t
         log_q, log_not_q = log2_logistic(y), log2_logistic(-y)

@@ -3,8 +3,8 @@
 Every refusal happens here, before a kernel runs, and names the argument, what was given and what is allowed.
 """
 
-from kdkernels.arguments.compositions import with_normalisers
 from kdkernels.arguments.angle import check_points
+from kdkernels.arguments.compositions import with_normalisers
 from kdkernels.arguments.divergence import Total, prepare_loss, prepare_statistics, with_tolerance
 from kdkernels.arguments.pairwise_hidden import hidden_pairs
 from kdkernels.arguments.pairwise_l1 import Pairs, prepare_pairs
