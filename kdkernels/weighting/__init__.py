@@ -1,8 +1,5 @@
 """Weights, schedules and selection around a loss: small objects that take statistics or losses and can be saved.
 
-from kdkernels.weighting.interpolation import TAIDSchedule
-
-__all__ = ["TAIDSchedule"]
 ``schedules`` are numbers per step; ``token_weights`` weights and coefficients from ``kd.token_statistics``; ``teachers`` the
 choice among several; ``selection`` and ``sampling`` what to train on next; ``averages``, ``geometry`` and ``denoising`` have
 a state that is learnt or fitted. What has a state has ``state_dict`` and ``load_state_dict``. Which paper uses what is in
@@ -12,6 +9,7 @@ a state that is learnt or fitted. What has a state has ``state_dict`` and ``load
 from kdkernels.weighting.averages import MovingAverages
 from kdkernels.weighting.denoising import LossMixture, denoising_weights, fit_loss_mixture
 from kdkernels.weighting.geometry import TrilateralWeights, class_means
+from kdkernels.weighting.interpolation import TAIDSchedule
 from kdkernels.weighting.sampling import AdaptiveStudentShare, DomainSampler, ReplayBuffer
 from kdkernels.weighting.schedules import ExponentialDecay, LogarithmicDecay, Ramp, Schedule, WarmupStableDecay
 from kdkernels.weighting.selection import best, difference_scores, farthest_first, margins, robust_sampling
@@ -46,6 +44,7 @@ __all__ = [
     "Ramp",
     "ReplayBuffer",
     "Schedule",
+    "TAIDSchedule",
     "TrilateralWeights",
     "WarmupStableDecay",
     "best",
