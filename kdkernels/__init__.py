@@ -11,6 +11,7 @@ from kdkernels.divergences import (
     TVD,
     ABDivergence,
     AlphaDivergence,
+    Decoupled,
     Divergence,
     ForwardKL,
     Hellinger,
@@ -19,6 +20,7 @@ from kdkernels.divergences import (
     ReverseKL,
     SkewForwardKL,
     SkewReverseKL,
+    SoftCrossEntropy,
 )
 from kdkernels.functional import (
     distillation_loss,
@@ -50,6 +52,7 @@ __all__ = [
     "ABDivergence",
     "AlphaDivergence",
     "BackendStatus",
+    "Decoupled",
     "Divergence",
     "ForwardKL",
     "GradientReport",
@@ -65,6 +68,7 @@ __all__ = [
     "SinkhornResult",
     "SkewForwardKL",
     "SkewReverseKL",
+    "SoftCrossEntropy",
     "TokenStatistics",
     "TopKLogits",
     "alignment",

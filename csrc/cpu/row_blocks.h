@@ -3,9 +3,7 @@
 #pragma once
 
 #include <cmath>
-#include <cstring>
 #include <initializer_list>
-#include <limits>
 
 #include "cpu/problem.h"
 #include "math/elementary.h"
@@ -191,6 +189,12 @@ inline Real per_row(const PerRow& number, int64_t row) {
   return number.values ? static_cast<const Real*>(number.values)[row] : static_cast<Real>(number.value);
 }
 
+// The parameter a of the divergence in a row.
+template <class Real>
+inline double parameter_of(const RowProblem& problem, int64_t row) {
+  return problem.parameters ? static_cast<double>(static_cast<const Real*>(problem.parameters)[row]) : problem.a;
+}
+
 template <class Real>
 struct Range {
   Real min, max;
@@ -320,11 +324,11 @@ KD_INLINE const Real* load_logits(const Matrix& matrix, int64_t row, Real softca
   return clamp_block(block, n, buffer, range);
 }
 
-}  // namespace kd::KD_ISA
-
-#include "cpu/compositions.h"
-
-namespace kd::KD_ISA {
+// The same of a composition, not yet clamped: in `block`. Out of line, see cpu/compositions.cpp.
+void load_composed(const Composition& composition, const Matrix& own, float own_softcap, int64_t row, int64_t column,
+                   int64_t n, float* block);
+void load_composed(const Composition& composition, const Matrix& own, double own_softcap, int64_t row, int64_t column,
+                   int64_t n, double* block);
 
 // One side of a row: where its logits are, and the state of its softmax as the row streams by.
 //
@@ -375,6 +379,9 @@ struct Stream {
     Range<Real> range;
     return load(column, n, buffer, range);
   }
+
+  // What stands where a logit is left out: so far below the floor that nothing of it remains, whatever the maximum.
+  Real hole() const { return static_cast<Real>(2 * logit_floor - 1100 / static_cast<double>(tempering.scale)); }
 
   double logit(int64_t column) const {
     Real buffer = 0;

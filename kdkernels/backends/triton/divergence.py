@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,8 +19,20 @@ from kdkernels.backends.triton.launching import (
 
 __all__ = ["SAVED_STATISTICS", "divergence_backward", "divergence_forward", "divergence_fused"]
 
-SAVED_STATISTICS = 7
+SAVED_STATISTICS = 9
 """Columns of the statistics that the forward hands to the backward."""
+
+
+def form_arguments(spec: RowSpec) -> dict[str, Any]:
+    """The arguments that say what is computed, but for what only the forward needs."""
+    return {
+        "a": spec.a,
+        "b": spec.b,
+        "parameters": spec.parameters,
+        "targets": spec.targets,
+        "rest_weight": spec.rest_weight,
+        "rest_weights": spec.rest_weights,
+    }
 
 
 def divergence_forward(student: Tensor, teacher: Tensor, spec: RowSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,8 +57,9 @@ def divergence_forward(student: Tensor, teacher: Tensor, spec: RowSpec) -> tuple
                 spec.labels,
                 **row_arguments(spec),
                 **composition_arguments(spec),
-                a=spec.a,
-                b=spec.b,
+                **form_arguments(spec),
+                target_weight=spec.target_weight,
+                target_weights=spec.target_weights,
                 KIND=spec.kind,
                 FAST_LOG=launch.fast_log,
                 COMPUTE=launch.compute,
@@ -89,8 +104,7 @@ def divergence_backward(
             spec.labels if hard else None,
             **row_arguments(spec),
             **composition_arguments(spec),
-            a=spec.a,
-            b=spec.b,
+            **form_arguments(spec),
             KIND=spec.kind,
             FAST_LOG=launch.fast_log,
             COMPUTE=launch.compute,
