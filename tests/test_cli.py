@@ -105,6 +105,7 @@ def test_check_passes() -> None:
         "divergence",
         "linear_divergence",
         "sparse_divergence",
+        "mixture",
         "token_statistics",
         "topk_logits",
         "pairwise_l1",

@@ -311,8 +311,8 @@ def divergence_forward_kernel(
 
     student, teacher: [N, V] logits, adjacent columns, row strides in vectors of WIDTH logits; grid (N,).
     divergence, cross_entropy: [N] in COMPUTE; statistics: [N, STATISTICS] in COMPUTE.
-    labels: int64 [N]; active: bool [N]; compositions; temperatures: [N]; parameters: [N], instead of a; targets: int64 [N], the
-    column that stands apart, -1: none; weights: [N]; each may be None. Scalars are fp64 for fp64 logits' sake.
+    labels: int64 [N]; active: bool [N]; temperatures: [N]; parameters: [N], instead of a; targets: int64 [N], the column
+    that stands apart, -1: none; weights: [N]; compositions; each may be None. Scalars are fp64 for fp64 logits' sake.
 
     Whole tiles go without a mask, so that their loads are vectors at any vocabulary size; smaller masked ones follow.
     """

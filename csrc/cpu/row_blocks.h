@@ -3,9 +3,7 @@
 #pragma once
 
 #include <cmath>
-#include <cstring>
 #include <initializer_list>
-#include <limits>
 
 #include "cpu/problem.h"
 #include "math/elementary.h"
@@ -326,11 +324,11 @@ KD_INLINE const Real* load_logits(const Matrix& matrix, int64_t row, Real softca
   return clamp_block(block, n, buffer, range);
 }
 
-}  // namespace kd::KD_ISA
-
-#include "cpu/compositions.h"
-
-namespace kd::KD_ISA {
+// The same of a composition, not yet clamped: in `block`. Out of line, see cpu/compositions.cpp.
+void load_composed(const Composition& composition, const Matrix& own, float own_softcap, int64_t row, int64_t column,
+                   int64_t n, float* block);
+void load_composed(const Composition& composition, const Matrix& own, double own_softcap, int64_t row, int64_t column,
+                   int64_t n, double* block);
 
 // One side of a row: where its logits are, and the state of its softmax as the row streams by.
 //

@@ -67,6 +67,22 @@ def sparse_pair(
     return Problem(student_side, None, shape, vocab, dtype, spec, rows)
 
 
+def dense_pair(
+    student: Source,
+    teacher: DenseTeacher | None,
+    form: Form,
+    vocab_size: int | None,
+    student_temperature: float | Tensor,
+    teacher_temperature: float | Tensor | None,
+) -> Problem:
+    """Two sources, each of which may be composed."""
+    if isinstance(student, LogitMixture):
+        raise TypeError("student is a LogitMixture, which may only be a teacher")
+    firsts = first_source(student), None if teacher is None else first_source(teacher)
+    problem = pair(*firsts, form, vocab_size, student_temperature, teacher_temperature)
+    return with_compositions(problem, student, teacher, vocab_size)
+
+
 def unit_interval(name: str, value: Tensor, problem: Problem) -> Tensor:
     """A parameter per token as ``[N]`` of the compute type."""
     rows = per_problem(name, value, problem)
@@ -117,22 +133,6 @@ def with_targets(problem: Problem, divergence: Decoupled) -> Problem:
 def number_or_rows(name: str, value: float | Tensor, problem: Problem) -> tuple[float, Tensor | None]:
     """A number for all rows, or one per row."""
     return (1.0, per_problem(name, value, problem)) if isinstance(value, Tensor) else (value, None)
-
-
-def dense_pair(
-    student: Source,
-    teacher: DenseTeacher | None,
-    form: Form,
-    vocab_size: int | None,
-    student_temperature: float | Tensor,
-    teacher_temperature: float | Tensor | None,
-) -> Problem:
-    """Two sources, each of which may be composed."""
-    if isinstance(student, LogitMixture):
-        raise TypeError("student is a LogitMixture, which may only be a teacher")
-    firsts = first_source(student), None if teacher is None else first_source(teacher)
-    problem = pair(*firsts, form, vocab_size, student_temperature, teacher_temperature)
-    return with_compositions(problem, student, teacher, vocab_size)
 
 
 def check_normalizer(normalizer: object, device: torch.device) -> None:

@@ -24,6 +24,7 @@ from kdkernels.divergences import (
     Jeffreys,
     ReverseKL,
     SkewForwardKL,
+    SoftCrossEntropy,
 )
 from kdkernels.functional import distillation_loss, token_log_probs, token_statistics
 from kdkernels.losses.registry import register
@@ -99,23 +100,6 @@ def hard_loss(student: Source, labels: Tensor, mask: Tensor | None = None, backe
     return -mean_over(token_log_probs(student, labels, mask=mask, backend=backend), counted)
 
 
-def soft_cross_entropy(
-    student: Source,
-    teacher: DenseTeacher,
-    mask: Tensor | None,
-    backend: str | None,
-    *,
-    temperature: float = 1.0,
-    teacher_temperature: float = 1.0,
-) -> Tensor:
-    """The mean of ``-sum p log q``: the divergence, and the target's entropy, which has no gradient."""
-    tempered = {"temperature": temperature, "teacher_temperature": teacher_temperature}
-    divergence = distillation_loss(student, teacher, ForwardKL(), mask=mask, backend=backend, **tempered)  # type: ignore[arg-type]
-    entropy = token_statistics(student, teacher, mask=mask, backend=backend, **tempered).entropy_teacher  # type: ignore[arg-type]
-    assert entropy is not None
-    return divergence + entropy.sum() / counted_tokens(student, None, mask)
-
-
 def check_share(name: str, value: object) -> float:
     share = check_real(name, value)
     if not 0 <= share <= 1:
@@ -158,7 +142,7 @@ class TAID(nn.Module):
             self.schedule.to(tensor.device)
         share = self.schedule.coefficient
         target = LogitMixture([student, teacher], [1 - share, share])
-        loss = soft_cross_entropy(student, target, mask, self.backend)
+        loss = distillation_loss(student, target, SoftCrossEntropy(), mask=mask, backend=self.backend)
         if self.training:
             self.schedule.update(loss, step)
         return loss
@@ -317,12 +301,8 @@ class SelfEvolutionKD(nn.Module):
         target = label_mixed(teacher, labels, self.label_weight, **tempered)
         difficulty = token_statistics(student, target, labels, mask=mask, **tempered).forward_kl
         assert difficulty is not None
-        counted = labels != IGNORED if mask is None else mask & (labels != IGNORED)
-        hard = difficulty > self.threshold
-        count = counted.sum().clamp(min=1)
-        options: dict[str, Any] = {"normalizer": count, **tempered}
-        easy = distillation_loss(student, target, ForwardKL(), mask=counted & ~hard, **options)
-        return easy + distillation_loss(student, target, SkewForwardKL(self.proxy), mask=counted & hard, **options)
+        share = self.proxy * (difficulty > self.threshold).to(difficulty.dtype)
+        return distillation_loss(student, target, SkewForwardKL(share), labels=labels, mask=mask, **tempered)
 
 
 @register("mix_cpt_lssd")
@@ -389,25 +369,18 @@ class BDKD(nn.Module):
             student, teacher, labels, mask=mask, temperature=self.temperature, backend=self.backend
         )
         assert found.entropy_teacher is not None
-        counted = labels != IGNORED if mask is None else mask & (labels != IGNORED)
-        sure = found.entropy_teacher > found.entropy_student
-        count = counted.sum().clamp(min=1).double()
-        total = (1 + self.emphasis) * self.weight
-        loss: Tensor | None = None
-        for rows, forward_weight in ((sure, self.emphasis), (~sure, 1.0)):
-            part = distillation_loss(
-                student,
-                teacher,
-                Jeffreys(forward_weight / (1 + self.emphasis)),
-                labels=labels,
-                mask=counted & rows,
-                ce_weight=1 / total,
-                normalizer=count / total,
-                **self.options,
-            )
-            loss = part if loss is None else loss + part
-        assert loss is not None
-        return loss
+        sure = (found.entropy_teacher > found.entropy_student).to(found.entropy_student.dtype)
+        forward = 1 + (self.emphasis - 1) * sure
+        return weighted_loss(
+            student,
+            teacher,
+            Jeffreys(forward / (1 + self.emphasis)),
+            (1 + self.emphasis) * self.weight,
+            1.0,
+            labels,
+            mask,
+            **self.options,
+        )
 
     def teacher_loss(self, teacher: Source, student: Source, labels: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """The teacher's loss, with the gradient to it alone."""
@@ -815,7 +788,14 @@ class LELP(nn.Module):
             labels: ``[...]``, for a label_weight other than 0.
         """
         target = self.target(teacher.detach(), embeddings.detach())
-        loss = soft_cross_entropy(student, target, None, self.backend, temperature=self.temperature)
+        loss = distillation_loss(
+            student,
+            target,
+            SoftCrossEntropy(),
+            temperature=self.temperature,
+            teacher_temperature=1.0,
+            backend=self.backend,
+        )
         if self.label_weight == 0:
             return loss
         if labels is None:
@@ -864,7 +844,7 @@ class MEALV2(nn.Module):
     def forward(self, student: Source, teachers: Sequence[Source], *, mask: Tensor | None = None) -> Tensor:
         """The loss, 0-d, of logits ``[..., C]`` or heads and up to four teachers; a discriminator needs logits."""
         target = LogitMixture(list(teachers), space="probabilities")
-        loss = soft_cross_entropy(student, target, mask, self.backend)
+        loss = distillation_loss(student, target, SoftCrossEntropy(), mask=mask, backend=self.backend)
         if self.discriminator is None:
             return loss
         mean = torch.stack([tensor_of("teachers", teacher).detach() for teacher in teachers]).mean(0)

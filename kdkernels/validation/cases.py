@@ -11,7 +11,7 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels.divergences import Divergence, OneParameter
-from kdkernels.sources import Source, SparseTeacher
+from kdkernels.sources import DenseTeacher, Source, SparseTeacher
 
 __all__ = ["Case", "Inputs", "head_cases", "logit_cases"]
 
@@ -30,7 +30,7 @@ class Inputs(NamedTuple):
     """What gradients are wanted of, by name."""
     polluted: dict[str, Tensor]
     """The same, but with NaN at the tokens that do not count."""
-    sources: Callable[[dict[str, Tensor]], tuple[Source, Source | SparseTeacher]]
+    sources: Callable[[dict[str, Tensor]], tuple[Source, DenseTeacher | SparseTeacher]]
     """Student and teacher, made from such leaves."""
     options: dict[str, Any]
     """Keyword arguments of ``distillation_loss``, as far as ``token_statistics`` has them too."""
@@ -121,6 +121,25 @@ class Case:
             options=both.options | {"teacher_temperature": stored.temperature},
         )
 
+    def mixed(self, dtype: torch.dtype, device: str) -> Inputs:
+        """Both sides are logits, the teacher's mixed with the student's and clipped, in either space. It is data, like those."""
+        both = self.logits(dtype, device)
+        student, teacher = both.leaves["student"], both.leaves["teacher"]
+        of_logits = self.temperature == 1
+
+        def sources(leaves: dict[str, Tensor]) -> tuple[Source, DenseTeacher]:
+            mixture = kd.LogitMixture(
+                [teacher, leaves["student"]],
+                [0.75, 0.25],
+                space="logits" if of_logits else "probabilities",
+                lower=-4 * self.spread if of_logits else None,
+            )
+            return leaves["student"], mixture
+
+        return both._replace(
+            leaves={"student": student}, polluted={"student": both.polluted["student"]}, sources=sources
+        )
+
     def heads(self, dtype: torch.dtype, device: str) -> Inputs:
         """Both sides are language-model heads of different widths."""
         random = Random(self, device)
@@ -151,7 +170,7 @@ class Case:
         self,
         random: Random,
         leaves: dict[str, Tensor],
-        sources: Callable[[dict[str, Tensor]], tuple[Source, Source | SparseTeacher]],
+        sources: Callable[[dict[str, Tensor]], tuple[Source, DenseTeacher | SparseTeacher]],
     ) -> Inputs:
         options: dict[str, Any] = {"temperature": self.temperature, "teacher_temperature": self.teacher_temperature}
         loss_options: dict[str, Any] = {}

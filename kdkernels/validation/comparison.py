@@ -107,7 +107,7 @@ def make_plan(
         # The first and the last: the row kernels are the same, or the same formulas.
         some = divergences[:: max(1, len(divergences) - 1)]
         truncatable = tuple(case for case in logits if not case.decoupled)
-        for operation, cases in (("linear_divergence", heads), ("sparse_divergence", truncatable)):
+        for operation, cases in (("linear_divergence", heads), ("sparse_divergence", truncatable), ("mixture", logits)):
             plan += [Target(operation, divergence, name, dtype, cases) for divergence in some for dtype in dtypes]
         plan += [Target("token_statistics", None, name, dtype, logits) for dtype in dtypes]
         pickable = tuple(case for case in logits if case.pickable)
@@ -132,6 +132,8 @@ def validate(target: Target, device: str) -> Iterator[Finding]:
         make = case.heads if target.operation in HEAD_OPERATIONS else case.logits
         if target.operation == "sparse_divergence":
             make = case.truncated
+        elif target.operation == "mixture":
+            make = case.mixed
         inputs = make(target.dtype, device)
         arguments: dict[str, Any] = {"backend": target.backend}
         if case.many_chunks:

@@ -54,7 +54,7 @@ class TAIDSchedule(nn.Module):
             ("momentum", 0.0),
             ("step", 0.0),
         ):
-            self.register_buffer(name, torch.tensor(value, dtype=torch.float32))
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
 
     @torch.no_grad()
     def update(self, loss: Tensor, step: int | None = None) -> None:

@@ -25,6 +25,8 @@ def routine() -> list[Case]:
     cases += [Case("token_statistics", target, "fp32", variant="everything", softcap=True) for target in TARGETS]
     cases += [Case("token_statistics", "sm_90", "bf16", variant="student_only")]
     cases += [Case("divergence_backward", "sm_90", "bf16", FORWARD_KL, "student_only")]
+    cases += [Case("divergence_forward", "sm_90", "bf16", FORWARD_KL, softcap=True, composed=True)]
+    cases += [Case("divergence_backward", "sm_90", "bf16", FORWARD_KL, composed=True)]
     for kernel in DIVERGENCE_KERNELS:
         cases += [Case(kernel, "sm_90", "bf16", kind) for kind in KINDS]
         cases += [Case(kernel, "sm_80", "fp32", kind) for kind in KINDS]

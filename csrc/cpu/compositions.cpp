@@ -1,8 +1,11 @@
 // Logits made of those of several sources, block by block as they are read: see Composition in
-// kdkernels/backends/rows.py. Included by cpu/row_blocks.h, whose blocks it works on.
-#pragma once
+// kdkernels/backends/rows.py.
+#include <limits>
+
+#include "cpu/row_blocks.h"
 
 namespace kd::KD_ISA {
+namespace {
 
 // Stands for a masked entry while a block is being put together: nothing that is added brings it back.
 constexpr double masked_entry = -1e30;
@@ -72,7 +75,7 @@ struct ComposedRow {
   // log sum_i exp(c_i z_i + o_i), relative to the largest exponent of each entry.
   void log_sum(int64_t column, int64_t n, Real* out) const {
     alignas(64) Real exponents[max_sources][block_size];
-    alignas(64) Real sum[block_size];
+    alignas(64) Real sum[block_size], powers[block_size];
     constexpr Real log2_e = static_cast<Real>(1.4426950408889634074);
     const Real* coefficients = numbers(composition.coefficients);
     const Real* offsets = numbers(composition.offsets);
@@ -109,13 +112,11 @@ struct ComposedRow {
         const Real distance = (block[i] - out[i]) * log2_e;
         block[i] = distance < least ? least : distance;
       }
-      exp2_block(block, n, Tempering<Real>{Real(1), Real(0)}, block);
-      if (index == 0) {
-        std::memcpy(sum, block, static_cast<size_t>(n) * sizeof(Real));
-      } else {
+      Real* terms = index == 0 ? sum : powers;
+      exp2_block(block, n, Tempering<Real>{Real(1), Real(0)}, terms);
+      if (index == 0) continue;
 #pragma omp simd
-        for (int64_t i = 0; i < n; ++i) sum[i] += block[i];
-      }
+      for (int64_t i = 0; i < n; ++i) sum[i] += powers[i];
     }
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) out[i] += math::log(sum[i]);
@@ -159,11 +160,16 @@ struct ComposedRow {
   }
 };
 
-// Out of line: what has no composition is not to be slowed down by it.
-template <class Real>
-[[gnu::noinline]] void load_composed(const Composition& composition, const Matrix& own, Real own_softcap, int64_t row,
-                                     int64_t column, int64_t n, Real* block) {
-  ComposedRow<Real>{composition, own, own_softcap, row}.load(column, n, block);
+}  // namespace
+
+void load_composed(const Composition& composition, const Matrix& own, float own_softcap, int64_t row, int64_t column,
+                   int64_t n, float* block) {
+  ComposedRow<float>{composition, own, own_softcap, row}.load(column, n, block);
+}
+
+void load_composed(const Composition& composition, const Matrix& own, double own_softcap, int64_t row, int64_t column,
+                   int64_t n, double* block) {
+  ComposedRow<double>{composition, own, own_softcap, row}.load(column, n, block);
 }
 
 }  // namespace kd::KD_ISA
