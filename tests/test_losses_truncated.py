@@ -112,6 +112,26 @@ def test_log_probs_at_are_those_of_the_softmax(topk: kd.TopKLogits) -> None:
     torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
 
 
+def test_log_probs_at_differentiate_once_as_often_as_wanted(topk: kd.TopKLogits) -> None:
+    student = copy(noise(N, V, seed=5), torch.bfloat16)
+    before = student.detach().clone()
+    found = log_probs_at(student, topk.ids)
+    kept = topk.ids >= 0
+    grads = [
+        torch.autograd.grad(found.where(kept, 0).sum(), student, retain_graph=True, create_graph=create)[0]
+        for create in (False, True)
+    ]
+    assert torch.equal(*grads)
+    assert grads[0].dtype == torch.bfloat16
+    assert torch.equal(student, before)
+    q = before.double().softmax(-1)
+    right = -kept.sum(-1, keepdim=True) * q
+    right = right.scatter_add(-1, topk.ids.clamp(min=0), kept.double())
+    torch.testing.assert_close(grads[0].double(), right, rtol=0, atol=0.01 * float(right.abs().max()))
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grads[1].sum().backward()
+
+
 # --- pretraining distillation -------------------------------------------------------------------------------------------
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from kdkernels.arguments.rows import side
 from kdkernels.checks import (
@@ -51,8 +53,8 @@ def with_tail(teacher: TopKLogits | PackedLogits, tail: str) -> TopKLogits:
     )
 
 
-def log_probs_at(source: Source, ids: Tensor) -> Tensor:
-    """``[..., K]``, differentiable: the log-probabilities of the ids, of which -1 gives -inf.
+def log_probs_at(source: Source, ids: Tensor, *, backend: str | None = None) -> Tensor:
+    """``[..., K]``, differentiable once: the log-probabilities of the ids, of which -1 gives -inf.
 
     One fused sweep for the normaliser and K logits per token: of an ``LMHead`` they are products with K rows of its weight,
     for which ``[..., K, H]`` numbers are made.
@@ -63,20 +65,54 @@ def log_probs_at(source: Source, ids: Tensor) -> Tensor:
             f"ids must have the shape {(*shape, ids.shape[-1])} of the student's tokens, got {tuple(ids.shape)}"
         )
     flat = ids.reshape(-1, ids.shape[-1]).long()
-    places = flat.clamp(min=0)
     if rows.weight is None:
-        logits = rows.tensor.gather(-1, places)
-    else:
-        weights = rows.weight[places]
-        logits = (weights @ rows.tensor.to(weights.dtype).unsqueeze(-1)).squeeze(-1)
-        logits = (logits if rows.bias is None else logits + rows.bias[places]) * rows.scale
-    dtype = torch.promote_types(rows.tensor.dtype, torch.float32)
-    logits = effective_logits(logits, rows.softcap, dtype)
-    # The normaliser is that of any entry there is.
-    known = (flat >= 0).int().argmax(-1, keepdim=True)
-    labels = flat.gather(-1, known).reshape(shape)
-    log_prob = token_log_probs(source, labels, ignore_index=-1).reshape(-1, 1)
+        found: Tensor = LogProbsAt.apply(rows.tensor, flat, backend)  # type: ignore[no-untyped-call]
+        return found.reshape(ids.shape)
+    places = flat.clamp(min=0)
+    weights = rows.weight[places]
+    logits = (weights @ rows.tensor.to(weights.dtype).unsqueeze(-1)).squeeze(-1)
+    logits = (logits if rows.bias is None else logits + rows.bias[places]) * rows.scale
+    logits = effective_logits(logits, rows.softcap, torch.promote_types(rows.tensor.dtype, torch.float32))
+    known, labels = any_entry(flat)
+    log_prob = token_log_probs(source, labels.reshape(shape), ignore_index=-1, backend=backend).reshape(-1, 1)
     return (logits - logits.gather(-1, known) + log_prob).masked_fill(flat < 0, -math.inf).reshape(ids.shape)
+
+
+def any_entry(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The place ``[N, 1]`` of the first entry of each row there is, and its id ``[N]``, from which the normaliser is known."""
+    known = (ids >= 0).int().argmax(-1, keepdim=True)
+    return known, ids.gather(-1, known).squeeze(-1)
+
+
+class LogProbsAt(torch.autograd.Function):
+    """Of dense logits ``[N, V]``: the gradient of the normaliser's kernel gets the entries' part written into it, which
+    spares a second gradient of the logits' size."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, backend: str | None) -> Tensor:
+        known, labels = any_entry(ids)
+        named = effective_logits(
+            logits.gather(-1, ids.clamp(min=0)), 0.0, torch.promote_types(logits.dtype, torch.float32)
+        )
+        with torch.enable_grad():
+            # The same storage: a graph of its own, of the normaliser alone.
+            ctx.leaf = logits.detach().requires_grad_(logits.requires_grad)
+            ctx.log_prob = token_log_probs(ctx.leaf, labels, ignore_index=-1, backend=backend)
+        ctx.save_for_backward(ids)
+        log_prob: Tensor = ctx.log_prob.detach().unsqueeze(-1)
+        return (named - named.gather(-1, known) + log_prob).masked_fill(ids < 0, -math.inf)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (ids,) = ctx.saved_tensors
+        known, labels = any_entry(ids)
+        grad = grad.masked_fill(ids < 0, 0)
+        total = grad.sum(-1)
+        (gradient,) = torch.autograd.grad(ctx.log_prob, ctx.leaf, total, retain_graph=True)
+        # The kernel's has the whole of it at the one entry.
+        grad = grad.scatter_add(-1, known, -total.unsqueeze(-1).masked_fill(labels.unsqueeze(-1) < 0, 0))
+        return gradient.scatter_add_(-1, ids.clamp(min=0), grad.to(gradient.dtype)), None, None
 
 
 def distilled_and_labelled(
