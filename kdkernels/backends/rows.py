@@ -50,6 +50,9 @@ is float64 if either side is, else float32.
 ``angle(student, teacher, corners) -> (losses [B], gradient [B, B], sums [B, B])``
     Not of rows but of points: see ``backends.angles``.
 
+``relation(relations, tensors, scales, gradients, divergence, cross_entropy)``
+    Optional, for ``relations`` that ``relation_applies`` to: see ``backends.cpu.relation``.
+
 Rows that are not active have value and gradient zero, whatever their logits hold.
 """
 

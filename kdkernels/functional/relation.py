@@ -63,7 +63,7 @@ def relation_loss(
         ce_weight: of the cross-entropy; None: 0 with a teacher, 1 without.
         reduction: "none" gives ``[..., n]``, "sum" the weighted sum, "mean" divides it by the sum of the weights of the
             rows that count (0 if there are none). A row without any column does not count.
-        memory_budget: bytes for the scores of a chunk; None: 2 MiB per thread on the CPU, 1 GiB on a GPU.
+        memory_budget: bytes for the scores of a chunk; None: at most 2 MiB per thread on the CPU, 1 GiB on a GPU.
         backend: "reference", "cpu" or "triton"; None takes the best available, and in ``torch.func`` transformations and
             forward-mode differentiation the reference.
 

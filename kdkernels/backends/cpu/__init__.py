@@ -12,6 +12,7 @@ from kdkernels.backends.cpu.gradient_entries import collect_entries, expand_entr
 from kdkernels.backends.cpu.launching import status, supports
 from kdkernels.backends.cpu.pairwise_l1 import pairwise_l1_backward, pairwise_l1_forward, pairwise_normalisers
 from kdkernels.backends.cpu.records import pack_records, unpack_records
+from kdkernels.backends.cpu.relation import relation, relation_applies
 from kdkernels.backends.cpu.sinkhorn import SINKHORN_POTENTIALS, sinkhorn_backward, sinkhorn_forward
 from kdkernels.backends.cpu.sorted_l1 import sorted_l1
 from kdkernels.backends.cpu.sparse_divergence import sparse_divergence_fused
@@ -32,6 +33,8 @@ __all__ = [
     "pairwise_l1_backward",
     "pairwise_l1_forward",
     "pairwise_normalisers",
+    "relation",
+    "relation_applies",
     "sample",
     "sinkhorn_backward",
     "sinkhorn_forward",
