@@ -26,7 +26,8 @@ EntryLists entry_lists(Address counts, Address summaries) {
   return {reinterpret_cast<int32_t*>(counts), reinterpret_cast<double*>(summaries)};
 }
 
-void check_labels(const RowProblem& problem) {
+template <class Problem>
+void check_labels(const Problem& problem) {
   if (!problem.labels) return;
   for (int64_t row = 0; row < problem.rows; ++row) {
     if (problem.active && !problem.active[row]) continue;

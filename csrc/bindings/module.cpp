@@ -11,6 +11,7 @@
 #include "bindings/divergence.h"
 #include "bindings/gradient_entries.h"
 #include "bindings/pairwise_l1.h"
+#include "bindings/ranking.h"
 #include "bindings/records.h"
 #include "bindings/sinkhorn.h"
 #include "bindings/sorted_l1.h"
@@ -59,6 +60,7 @@ PYBIND11_MODULE(_native, module) {
   kd::bind_topk(module);
   kd::bind_pairwise_l1(module);
   kd::bind_sorted_l1(module);
+  kd::bind_ranking(module);
   kd::bind_sinkhorn(module);
   module.def("isa", [] { return kd::chosen().name; }, "Instruction set of the kernels in use.");
   module.def(

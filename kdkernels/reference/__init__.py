@@ -3,6 +3,7 @@
 from kdkernels.reference.divergence import distillation_loss
 from kdkernels.reference.pairwise_hidden import pairwise_cosine, pairwise_sqeuclidean
 from kdkernels.reference.pairwise_l1 import pairwise_l1
+from kdkernels.reference.ranking import plackett_luce, token_ranks
 from kdkernels.reference.records import pack, unpack
 from kdkernels.reference.sinkhorn import sinkhorn
 from kdkernels.reference.sorted_l1 import sorted_l1
@@ -16,10 +17,12 @@ __all__ = [
     "pairwise_cosine",
     "pairwise_l1",
     "pairwise_sqeuclidean",
+    "plackett_luce",
     "sample_logits",
     "sinkhorn",
     "sorted_l1",
     "token_log_probs",
+    "token_ranks",
     "token_set_log_probs",
     "token_statistics",
     "topk_logits",
