@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from kdkernels import alignment, losses, reference, store
+from kdkernels import alignment, losses, on_policy, reference, store
 from kdkernels.backends import BackendStatus, backends
 from kdkernels.backends.gradient_entries import GradientReport
 from kdkernels.debugging import debug
@@ -73,6 +73,7 @@ __all__ = [
     "debug",
     "distillation_loss",
     "losses",
+    "on_policy",
     "pack",
     "pairwise_cosine",
     "pairwise_l1",

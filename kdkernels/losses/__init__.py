@@ -5,7 +5,28 @@ formula is from and how sure that is stands in its docstring. ``names()`` lists 
 """
 
 from kdkernels.losses.cross_tokenizer import ALM, GOLD, ALMLatents
+from kdkernels.losses.on_policy import MiniLLM, SpeculativeKD, TeacherDPO
 from kdkernels.losses.optimal_transport import ULD, CoT2Align, SinKD, WCoRD
+from kdkernels.losses.ranking import CPRD, PLD, CADETListwise, DiSCoRetrieval, MarginMSE, TransEncoder
 from kdkernels.losses.registry import get, names
 
-__all__ = ["ALM", "GOLD", "ULD", "ALMLatents", "CoT2Align", "SinKD", "WCoRD", "get", "names"]
+__all__ = [
+    "ALM",
+    "CPRD",
+    "GOLD",
+    "PLD",
+    "ULD",
+    "ALMLatents",
+    "CADETListwise",
+    "CoT2Align",
+    "DiSCoRetrieval",
+    "MarginMSE",
+    "MiniLLM",
+    "SinKD",
+    "SpeculativeKD",
+    "TeacherDPO",
+    "TransEncoder",
+    "WCoRD",
+    "get",
+    "names",
+]
