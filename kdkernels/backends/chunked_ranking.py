@@ -79,15 +79,22 @@ def plackett_luce(
 
 @torch.no_grad()
 def leading_ids(
-    teacher: Side, k: int, labels: Tensor | None, tempering: Tempering, memory_budget: int | None, backend: str
+    teacher: Side,
+    k: int,
+    labels: Tensor | None,
+    tempering: Tempering,
+    double: bool,
+    memory_budget: int | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """``(ids int64 [N, k], log_probs [N, k])``: the label of each row, then the largest logits; -1 past the last one.
 
-    In a row that has no distribution the first log-probability is NaN.
+    In a row that has no distribution the first log-probability is NaN. ``double``: of a teacher that is not float64, too.
     """
     kernels = row_backend(backend)
 
     def ranked(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        logits = logits.double() if double else logits
         ids, log_probs, log_tail_mass = kernels.topk(logits, k, tempering)
         if labels is not None:
             ids, log_probs = label_first(logits, labels[rows], ids, log_probs, tempering)

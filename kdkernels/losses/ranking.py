@@ -171,8 +171,8 @@ def percentile_scaled(scores: Tensor, *, mask: Tensor | None = None, low: float 
     ends = torch.tensor([low / 100, high / 100], dtype=torch.float64, device=scores.device)
     bottom, top = torch.quantile(counted.double().flatten(), ends)
     width = top - bottom
-    scaled = ((scores.double() - bottom) / torch.where(width > 0, width, 1.0)).clamp(0, 1)
-    return scaled.masked_fill(width <= 0, 0.0).to(scores.dtype)
+    scaled: Tensor = ((scores.double() - bottom) / torch.where(width > 0, width, 1.0)).clamp(0, 1)
+    return torch.where(width > 0, scaled, 0.0).to(scores.dtype)
 
 
 @register("cadet_listwise")

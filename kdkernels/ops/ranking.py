@@ -210,8 +210,8 @@ def detached(side: Side) -> Arguments:
 
 
 def leading_rows(*arguments: Any) -> tuple[Tensor, Tensor]:
-    side, (k, labels, numbers, memory_budget, backend) = Side(*arguments[:4]), arguments[4:]
-    return chunked_ranking.leading_ids(side, k, labels, Tempering(*numbers.tolist()), memory_budget, backend)
+    side, (k, labels, numbers, double, memory_budget, backend) = Side(*arguments[:4]), arguments[4:]
+    return chunked_ranking.leading_ids(side, k, labels, Tempering(*numbers.tolist()), double, memory_budget, backend)
 
 
 SOURCE = "Tensor source, Tensor? weight, Tensor? bias, float scale"
@@ -220,15 +220,17 @@ leading_ids_op = torch.library.custom_op(
     "kdkernels::leading_ids",
     leading_rows,
     mutates_args=(),
-    schema=f"({SOURCE}, SymInt k, Tensor? labels, Tensor tempering, int? memory_budget, str backend) -> (Tensor, Tensor)",
+    schema=f"({SOURCE}, SymInt k, Tensor? labels, Tensor tempering, bool double, int? memory_budget, "
+    "str backend) -> (Tensor, Tensor)",
     tags=TAGS,
 )
 
 
 @leading_ids_op.register_fake
-def _(source: Tensor, weight: Any, bias: Any, scale: float, k: int, *_: Any) -> tuple[Tensor, Tensor]:
+def _(source: Tensor, weight: Any, bias: Any, scale: float, k: int, *rest: Any) -> tuple[Tensor, Tensor]:
     ids = source.new_empty(source.shape[0], k, dtype=torch.int64)
-    return ids, ids.new_empty(ids.shape, dtype=compute_dtype(source, None))
+    double = rest[2]
+    return ids, ids.new_empty(ids.shape, dtype=torch.float64 if double else compute_dtype(source, None))
 
 
 def leading_ids(ranking: Ranking, memory_budget: int | None, backend: str) -> tuple[Tensor, Tensor]:
@@ -239,10 +241,13 @@ def leading_ids(ranking: Ranking, memory_budget: int | None, backend: str) -> tu
     if labels is not None and spec.active is not None:
         labels = labels.masked_fill(~spec.active, 0)
     tempering = Tempering(spec.teacher_temperature, spec.teacher_softcap)
+    double = ranking.problem.dtype == torch.float64
     call = leading_ids_op if traced(teacher.tensor, teacher.weight) else leading_rows
     with torch.no_grad():
-        ids, log_probs = call(*detached(teacher), ranking.top_k, labels, as_numbers(tempering), memory_budget, backend)
-    return ids, log_probs.to(ranking.problem.dtype)
+        found: tuple[Tensor, Tensor] = call(
+            *detached(teacher), ranking.top_k, labels, as_numbers(tempering), double, memory_budget, backend
+        )
+    return found
 
 
 def rank_rows(*arguments: Any) -> Tensor:
