@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from kdkernels import alignment, catalogue, losses, reference, store, weighting
+from kdkernels import alignment, catalogue, losses, on_policy, reference, store, weighting
 from kdkernels.backends import BackendStatus, backends
 from kdkernels.backends.gradient_entries import GradientReport
 from kdkernels.debugging import debug
@@ -29,11 +29,13 @@ from kdkernels.functional import (
     pairwise_cosine,
     pairwise_l1,
     pairwise_sqeuclidean,
+    plackett_luce,
     relation_loss,
     sample_logits,
     sinkhorn,
     sorted_l1,
     token_log_probs,
+    token_ranks,
     token_set_log_probs,
     token_statistics,
     topk_logits,
@@ -80,10 +82,12 @@ __all__ = [
     "debug",
     "distillation_loss",
     "losses",
+    "on_policy",
     "pack",
     "pairwise_cosine",
     "pairwise_l1",
     "pairwise_sqeuclidean",
+    "plackett_luce",
     "reference",
     "relation_loss",
     "sample_logits",
@@ -91,6 +95,7 @@ __all__ = [
     "sorted_l1",
     "store",
     "token_log_probs",
+    "token_ranks",
     "token_set_log_probs",
     "token_statistics",
     "topk_logits",

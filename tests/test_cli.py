@@ -111,6 +111,7 @@ def test_check_passes() -> None:
         "pairwise_l1",
         "pairwise_l1 of heads",
         "sorted_l1",
+        "plackett_luce",
         "sinkhorn",
     ]
     assert all(0 < line["error"] < 1e-5 for line in report["results"])
@@ -163,6 +164,7 @@ def scale_gradients(*gradients: torch.Tensor | None) -> None:
         ("pairwise_l1_backward", lambda _, given: scale_gradients(*given[-2:]), "pairwise_l1 of heads", "gradient to"),
         ("sorted_l1", lambda values, _: scale_first(values), "sorted_l1", "value per token"),
         ("sorted_l1", lambda _, given: scale_gradients(*given[-2:]), "sorted_l1", "gradient to"),
+        ("plackett_luce", lambda _, given: scale_gradients(given[-1]), "plackett_luce", "gradient to student"),
         ("sinkhorn_forward", lambda values, _: values[2].mul_(1.01), "sinkhorn", ""),
         ("sinkhorn_backward", lambda _, given: scale_gradients(*given[-3:]), "sinkhorn", "gradient to "),
     ],
@@ -180,6 +182,7 @@ def scale_gradients(*gradients: torch.Tensor | None) -> None:
         "pairs of heads",
         "sorted_l1",
         "sorted_l1 gradients",
+        "plackett_luce gradients",
         "sinkhorn",
         "sinkhorn backward",
     ],

@@ -33,6 +33,7 @@ def verify(instruction_set: str) -> None:
     import test_divergence_accuracy as dense
     import test_hard_inputs as hard
     import test_pairwise_l1 as pairwise
+    import test_ranking as ranking
     import test_records as records
     import test_sorted_l1 as sorted_l1
     import test_token_statistics as statistics
@@ -50,10 +51,16 @@ def verify(instruction_set: str) -> None:
         for batch, n, m, vocab in pairwise.SIZES:
             pairwise.test_equals_cdist("cpu", dtype, batch, n, m, vocab)
         pairwise.test_identical_rows("cpu", dtype)
+        ranking.test_softmax_weights(dtype, None, 4, ranking.LABELS)
+        ranking.test_token_ranks(dtype, None)
         pairwise.test_a_vocabulary_of_one(dtype)
         for sizes in ((127, 300), (4097, 4097)):
             for close in (False, True):
                 sorted_l1.test_equals_sorting(dtype, sizes, close)
+    for dtype in (torch.float32, torch.float64):
+        ranking.test_many_ranks(dtype)
+    for name, _ in ranking.hard_rows():
+        ranking.test_hard_students(torch.float32, None, name)
     for order in topk.ORDERS:
         topk.test_orders("cpu", 64, order)
     topk.test_softcap("cpu")

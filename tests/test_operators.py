@@ -21,11 +21,14 @@ OPERATORS = {
     "divergence",
     "divergence_backward",
     "divergence_total",
+    "leading_ids",
     "linear_divergence",
     "linear_divergence_backward",
     "linear_divergence_total",
     "pairwise_l1",
     "pairwise_l1_backward",
+    "plackett_luce",
+    "plackett_luce_backward",
     "sample",
     "sorted_l1",
     "sorted_l1_backward",
@@ -34,6 +37,7 @@ OPERATORS = {
     "sparse_divergence",
     "sparse_divergence_backward",
     "sparse_divergence_total",
+    "token_ranks",
     "token_set_log_probs",
     "token_set_log_probs_backward",
     "token_statistics",
@@ -199,6 +203,8 @@ def test_every_operator_is_reached_by_the_public_functions() -> None:
     rows = torch.zeros(2, 5, requires_grad=True)
     calls += recorded(lambda: kd.pairwise_l1(rows, rows).sum().backward())
     calls += recorded(lambda: kd.token_set_log_probs(rows, torch.tensor([1, 3])).sum().backward())
+    calls += recorded(lambda: kd.plackett_luce(half, torch.zeros(2, 5), top_k=2).sum().backward())
+    calls += recorded(lambda: kd.token_ranks(rows, torch.tensor([1, 3])))
     cost = torch.zeros(1, 2, 2, requires_grad=True)
     calls += recorded(lambda: kd.sinkhorn(cost, epsilon=1.0).distance.sum().backward())
     assert {operator._opname for operator, _ in calls} == OPERATORS

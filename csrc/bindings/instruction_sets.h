@@ -27,6 +27,8 @@ struct Kernels {
   void (*pairwise_normalisers)(const PairNormalisers&);
   bool (*pairwise_l1)(const PairProblem&);
   bool (*sorted_l1)(const SortedL1Problem&);
+  bool (*plackett_luce)(const RankingProblem&);
+  bool (*token_ranks)(const RankProblem&);
   bool (*sinkhorn)(const SinkhornProblem&);
   bool (*sinkhorn_gradient)(const SinkhornGradientProblem&);
   bool (*angle)(const AngleProblem&);
@@ -37,8 +39,8 @@ struct Kernels {
   Kernels {                                                                                                          \
     #isa, isa::divergence, isa::token_statistics, isa::sparse_divergence, isa::collect_entries, isa::expand_entries, \
         isa::sparse_products, isa::pack_records, isa::unpack_records, isa::topk, isa::sample,                        \
-        isa::pairwise_normalisers, isa::pairwise_l1, isa::sorted_l1, isa::sinkhorn, isa::sinkhorn_gradient,          \
-        isa::angle, isa::relation                                                                                    \
+        isa::pairwise_normalisers, isa::pairwise_l1, isa::sorted_l1, isa::plackett_luce, isa::token_ranks,           \
+        isa::sinkhorn, isa::sinkhorn_gradient, isa::angle, isa::relation                                             \
   }
 
 bool processor_has(const std::string& isa) {

@@ -27,7 +27,8 @@ EntryLists entry_lists(Address counts, Address summaries) {
 }
 
 // `lowest`: the smallest of the labels that are allowed.
-void check_labels(const RowProblem& problem, const int64_t* labels, int64_t lowest) {
+template <class Problem>
+void check_labels(const Problem& problem, const int64_t* labels, int64_t lowest) {
   if (!labels) return;
   for (int64_t row = 0; row < problem.rows; ++row) {
     if (problem.active && !problem.active[row]) continue;

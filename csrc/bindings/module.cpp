@@ -12,6 +12,7 @@
 #include "bindings/divergence.h"
 #include "bindings/gradient_entries.h"
 #include "bindings/pairwise_l1.h"
+#include "bindings/ranking.h"
 #include "bindings/records.h"
 #include "bindings/relation.h"
 #include "bindings/sinkhorn.h"
@@ -61,6 +62,7 @@ PYBIND11_MODULE(_native, module) {
   kd::bind_topk(module);
   kd::bind_pairwise_l1(module);
   kd::bind_sorted_l1(module);
+  kd::bind_ranking(module);
   kd::bind_sinkhorn(module);
   kd::bind_angle(module);
   kd::bind_relation(module);

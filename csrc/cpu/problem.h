@@ -274,6 +274,46 @@ struct SortedL1Problem {
   Matrix grad_teacher;  // may share the storage of teacher
 };
 
+// Rows of the `ranking` family. Arrays whose element type is not said hold the compute type: double if either side is
+// float64, else float.
+struct RankingProblem {
+  int64_t rows = 0;
+  int64_t vocab = 0;  // less than 2^31
+  int threads = 1;
+  bool compute_double = false;
+
+  Matrix student;
+  double student_softcap = 0;  // 0: none
+  Matrix teacher;              // whose falling logits are the order; data may be null
+  PerRow teacher_temperature;  // of the weights
+  double teacher_softcap = 0;
+  const int64_t* labels = nullptr;  // what comes first; null: nothing does
+  const uint8_t* active = nullptr;  // null: every row counts
+
+  int64_t ranks = 0;  // vocab with a teacher
+  const int64_t* order =
+      nullptr;  // [rows, ranks]: ids from the first rank on, -1 past the last one; null: the teacher's
+  const void* weights = nullptr;  // [rows, ranks], rows weight_stride apart; null: the teacher's probabilities
+  int64_t weight_stride = 0;
+
+  void* values = nullptr;  // [rows]
+  PerRow grad_values;
+  Matrix grad_student;  // may share the storage of student; data may be null
+};
+
+// Rows whose entries above some of them are to be counted.
+struct RankProblem {
+  int64_t rows = 0;
+  int64_t vocab = 0;
+  int threads = 1;
+  bool compute_double = false;
+
+  Matrix source;
+  int64_t count = 0;             // ids per row
+  const int64_t* ids = nullptr;  // [rows, count]; -1: none
+  int64_t* ranks = nullptr;      // the same: -1 for none, vocab for a logit that is NaN
+};
+
 // Problems of the `sinkhorn` family, see kdkernels/backends/transport.py. Arrays are contiguous; those whose element type
 // is not said hold the compute type: double or float.
 struct SinkhornProblem {
@@ -373,6 +413,8 @@ void populate(void* data, int64_t bytes);
   void pairwise_normalisers(const PairNormalisers& problem);                      \
   bool pairwise_l1(const PairProblem& problem);                                   \
   bool sorted_l1(const SortedL1Problem& problem);                                 \
+  bool plackett_luce(const RankingProblem& problem);                              \
+  bool token_ranks(const RankProblem& problem);                                   \
   bool sinkhorn(const SinkhornProblem& problem);                                  \
   bool sinkhorn_gradient(const SinkhornGradientProblem& problem);                 \
   bool angle(const AngleProblem& problem);                                        \

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <initializer_list>
+#include <type_traits>
 
 #include "cpu/problem.h"
 #include "math/elementary.h"
@@ -209,6 +210,15 @@ inline Range<Real> range_of(const Real* block, int64_t n) {
     min = min > block[i] ? block[i] : min;
   }
   return {min, max};
+}
+
+// How many of a block are larger than the threshold; NaN is not.
+template <class Real>
+inline int64_t count_above(const Real* __restrict block, int64_t n, Real threshold) {
+  std::conditional_t<sizeof(Real) == 4, int32_t, int64_t> count = 0;  // as wide as the numbers, for the vectoriser
+#pragma omp simd reduction(+ : count)
+  for (int64_t i = 0; i < n; ++i) count += block[i] > threshold;
+  return count;
 }
 
 #if defined(__FP_FAST_FMAF)
@@ -431,6 +441,16 @@ inline void through_clamp_and_softcap(const Stream<Real>& stream, int64_t n, con
       gradient[i] *= Real(1) - ratio * ratio;
     }
   }
+}
+
+// Every entry of a row becomes the value.
+template <class Real>
+inline void fill_row(const Matrix& matrix, int64_t vocab, int64_t row, Real value) {
+  if (!matrix.data) return;
+  alignas(64) Real block[block_size];
+  std::fill(block, block + std::min(vocab, block_size), value);
+  for_blocks(vocab,
+             [&](int64_t start, int64_t n) { store_block(block, n, entry_address(matrix, row, start), matrix.dtype); });
 }
 
 }  // namespace kd::KD_ISA

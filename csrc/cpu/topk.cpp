@@ -26,14 +26,6 @@ inline int64_t ordered_key(double value) {
 inline float from_ordered_key(int32_t key) { return math::bit_cast<float>(key ^ ((key >> 31) & 0x7FFFFFFF)); }
 inline double from_ordered_key(int64_t key) { return math::bit_cast<double>(key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)); }
 
-template <class Real>
-inline int64_t count_above(const Real* __restrict logits, int64_t n, Real threshold) {
-  decltype(ordered_key(threshold)) count = 0;
-#pragma omp simd reduction(+ : count)
-  for (int64_t i = 0; i < n; ++i) count += logits[i] > threshold;
-  return count;
-}
-
 // Logits with their ids, in the order of the ids.
 template <class Real>
 struct Entries {

@@ -8,6 +8,7 @@ from kdkernels.arguments.compositions import with_normalisers
 from kdkernels.arguments.divergence import Total, prepare_loss, prepare_statistics, with_tolerance
 from kdkernels.arguments.pairwise_hidden import hidden_pairs
 from kdkernels.arguments.pairwise_l1 import Pairs, prepare_pairs
+from kdkernels.arguments.ranking import Counting, Ranking, prepare_plackett_luce, prepare_token_ranks
 from kdkernels.arguments.records import pack_rows, unpack_rows
 from kdkernels.arguments.relation import Relation, prepare_relation
 from kdkernels.arguments.rows import Problem, check_memory_budget
@@ -17,9 +18,11 @@ from kdkernels.arguments.token_log_probs import SetProblem, prepare_token_log_pr
 from kdkernels.arguments.topk import Picking, prepare_sample, prepare_topk
 
 __all__ = [
+    "Counting",
     "Pairs",
     "Picking",
     "Problem",
+    "Ranking",
     "Relation",
     "SetProblem",
     "Total",
@@ -30,12 +33,14 @@ __all__ = [
     "pack_rows",
     "prepare_loss",
     "prepare_pairs",
+    "prepare_plackett_luce",
     "prepare_relation",
     "prepare_sample",
     "prepare_sinkhorn",
     "prepare_sorted_l1",
     "prepare_statistics",
     "prepare_token_log_probs",
+    "prepare_token_ranks",
     "prepare_token_set",
     "prepare_topk",
     "unpack_rows",

@@ -24,6 +24,14 @@ is float64 if either side is, else float32.
     logits: with the sign ``sigma_v`` of ``q_(r) - p_(r)`` at the rank r of entry v, ranks by falling logit and equal ones by
     rising id, that of the student is ``q_v (sigma_v - sum_u q_u sigma_u) / temperature``, and the teacher's likewise with
     the opposite signs. Where q_(r) and p_(r) are equal the sign is 0: rows with the same logits have value and gradient 0.
+``plackett_luce(student, teacher or None, order or None, weights or None, spec, grad_values, grad_student) -> values [N]``
+    The negative log-likelihood of an order of each row's entries, and its gradient as above. The order is that of the ids
+    int64 ``[N, K]``, -1 past the last one, all other entries coming behind; or the teacher's: the label if ``spec`` has
+    labels, then by falling logit, equal ones by rising id. The weight of each rank is given, ``[N, K]`` of the compute type
+    with adjacent columns and rows any distance apart, or the probability under the teacher at its temperature. What the
+    teacher masks has no weight, except for a label whose weight is given. ``reference.ranking`` is the definition.
+``token_ranks(logits, ids) -> int64 [N, m]``
+    How many logits of the row exceed that of each id ``[N, m]``; -1 for the id -1, V if its logit is NaN.
 ``token_statistics(student, teacher or None, spec) -> (values [N, 10], argmax [N, 2])``
     The columns are named in ``STATISTICS``.
 ``topk(logits, k, tempering) -> (ids int64 [N, k], log_probs [N, k], log_tail_mass [N])``

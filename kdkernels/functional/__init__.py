@@ -4,6 +4,7 @@ from kdkernels.functional.angle import angle_loss
 from kdkernels.functional.divergence import distillation_loss
 from kdkernels.functional.pairwise_hidden import pairwise_cosine, pairwise_sqeuclidean
 from kdkernels.functional.pairwise_l1 import pairwise_l1
+from kdkernels.functional.ranking import plackett_luce, token_ranks
 from kdkernels.functional.records import pack, unpack
 from kdkernels.functional.relation import relation_loss
 from kdkernels.functional.sinkhorn import sinkhorn
@@ -19,11 +20,13 @@ __all__ = [
     "pairwise_cosine",
     "pairwise_l1",
     "pairwise_sqeuclidean",
+    "plackett_luce",
     "relation_loss",
     "sample_logits",
     "sinkhorn",
     "sorted_l1",
     "token_log_probs",
+    "token_ranks",
     "token_set_log_probs",
     "token_statistics",
     "topk_logits",

@@ -28,7 +28,9 @@ from kdkernels.losses.divergences import (
     SelfEvolutionKD,
 )
 from kdkernels.losses.hidden_states import ACM, DMAE, MLKD, ND, DMCodec, LayerMatching, Sylber, layer_pairs
+from kdkernels.losses.on_policy import MiniLLM, SpeculativeKD, TeacherDPO
 from kdkernels.losses.optimal_transport import ULD, CoT2Align, SinKD, WCoRD
+from kdkernels.losses.ranking import CPRD, PLD, CADETListwise, DiSCoRetrieval, MarginMSE, TransEncoder
 from kdkernels.losses.recipes import MedusaHeads
 from kdkernels.losses.registry import describe, get, names
 from kdkernels.losses.relations import RKD, TRG, AutoDistil, DisWOT, MiniLM, resplit_heads
@@ -40,6 +42,7 @@ __all__ = [
     "ATKD",
     "BDKD",
     "CATKD",
+    "CPRD",
     "CTCD",
     "DACKL",
     "DKD",
@@ -57,6 +60,7 @@ __all__ = [
     "NKD",
     "OFAKD",
     "PESFKD",
+    "PLD",
     "RKD",
     "SLASD",
     "TAID",
@@ -68,9 +72,11 @@ __all__ = [
     "ALMLatents",
     "AutoDistil",
     "BiStil",
+    "CADETListwise",
     "CoT2Align",
     "DMCodec",
     "DeltaKD",
+    "DiSCoRetrieval",
     "DisWOT",
     "ExpertAugmentation",
     "GroundTruthSelfDistillation",
@@ -79,15 +85,20 @@ __all__ = [
     "LexicalPrior",
     "LinguGKD",
     "MIAlpha",
+    "MarginMSE",
     "MedusaHeads",
+    "MiniLLM",
     "MiniLM",
     "PretrainingDistillation",
     "PromptKD",
     "QATAttention",
     "SelfEvolutionKD",
     "SinKD",
+    "SpeculativeKD",
     "Sylber",
+    "TeacherDPO",
     "TopKUniform",
+    "TransEncoder",
     "TransitionDistillation",
     "WCoRD",
     "describe",

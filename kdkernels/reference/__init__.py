@@ -4,6 +4,7 @@ from kdkernels.reference.angle import angle_loss
 from kdkernels.reference.divergence import distillation_loss
 from kdkernels.reference.pairwise_hidden import pairwise_cosine, pairwise_sqeuclidean
 from kdkernels.reference.pairwise_l1 import pairwise_l1
+from kdkernels.reference.ranking import plackett_luce, token_ranks
 from kdkernels.reference.records import pack, unpack
 from kdkernels.reference.relation import relation_loss
 from kdkernels.reference.sinkhorn import sinkhorn
@@ -19,11 +20,13 @@ __all__ = [
     "pairwise_cosine",
     "pairwise_l1",
     "pairwise_sqeuclidean",
+    "plackett_luce",
     "relation_loss",
     "sample_logits",
     "sinkhorn",
     "sorted_l1",
     "token_log_probs",
+    "token_ranks",
     "token_set_log_probs",
     "token_statistics",
     "topk_logits",

@@ -117,6 +117,7 @@ def make_plan(
         for operation, cases in (("pairwise_l1", pairable), ("pairwise_l1 of heads", pairable_heads)):
             plan += [Target(operation, None, name, dtype, cases) for dtype in dtypes]
         plan += [Target("sorted_l1", None, name, dtype, logits) for dtype in dtypes]
+        plan += [Target("plackett_luce", None, name, dtype, logits) for dtype in dtypes]
         plan += [Target("sinkhorn", None, name, dtype, transport_cases()) for dtype in dtypes]
     return plan
 
@@ -184,6 +185,8 @@ def answers(library: Any, inputs: Inputs, target: Target, arguments: dict[str, A
         return pair_answers(library, inputs, arguments)
     if target.operation == "sorted_l1":
         return sorted_l1_answers(library, inputs, arguments)
+    if target.operation == "plackett_luce":
+        return ranking_answers(library, inputs, arguments)
     if target.divergence is None:
         return statistics_answers(library, inputs, arguments)
     return loss_answers(library, inputs, inputs.adapted(target.divergence), arguments)
@@ -258,6 +261,28 @@ def sorted_l1_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) -
     parts = torch.autograd.grad(values, list(leaves.values()), inputs.upstream.to(values.dtype))
     gradients = {f"gradient to {leaf}": part for leaf, part in zip(leaves, parts, strict=True)}
     return {"value per token": values.detach().flatten()} | gradients
+
+
+def ranking_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) -> Answers:
+    """The values per token of the whole order and of its head, and the gradients to the student."""
+    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in inputs.leaves.items()}
+    student, teacher = inputs.sources(leaves)
+    mine = [name for name in leaves if name.startswith("student")]
+    options = {
+        name: inputs.options[name]
+        for name in ("mask", "labels", "ignore_index", "vocab_size")
+        if name in inputs.options
+    }
+    k = min(TOP, options.get("vocab_size", leaves["student"].shape[-1]))
+    found = {}
+    for name, top_k in (("", None), (" of the first ranks", k)):
+        values = library.plackett_luce(
+            student, teacher, top_k=top_k, temperature=1.3, reduction="none", **options, **arguments
+        )
+        parts = torch.autograd.grad(values, [leaves[leaf] for leaf in mine], inputs.upstream.to(values.dtype))
+        found[f"value per token{name}"] = values.detach().flatten()
+        found |= {f"gradient to {leaf}{name}": part for leaf, part in zip(mine, parts, strict=True)}
+    return found
 
 
 def error_of(answer: Tensor, truth: Tensor, term_size: float) -> float:

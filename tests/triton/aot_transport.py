@@ -1,4 +1,4 @@
-"""Compiles the kernels of the families sinkhorn, pairwise_l1 and sorted_l1 ahead of time, see ``aot``."""
+"""Compiles the kernels of the families sinkhorn, pairwise_l1, sorted_l1 and ranking ahead of time, see ``aot``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ INTEGERS |= {
 }
 TYPES: dict[str, str] = dict.fromkeys(INTEGERS, "i32")
 TYPES |= dict.fromkeys(("row_lengths", "column_lengths", "student_order", "teacher_order"), "*i64")
+TYPES |= dict.fromkeys(("ids", "ranks"), "*i64")
 TYPES |= {"iterations": "*i64", "status": "*i32", "active": "*i1"}
 
 
@@ -56,7 +57,7 @@ def compiled_resources(case: Case) -> dict[str, Any]:
     compute = "fp64" if case.dtype == "fp64" else "fp32"
     constants = {"COMPUTE": tl.float64 if compute == "fp64" else tl.float32, **dict(case.sizes)}
     inputs = {"cost", "cost_gradient", "student", "teacher", "source", "gradient", "own", "other"}
-    inputs |= {"grad_student", "grad_teacher"}
+    inputs |= {"grad_student", "grad_teacher", "logits"}
     signature: dict[str, str] = {}
     constexprs: dict[str, Any] = {}
     for parameter in kernel.params:

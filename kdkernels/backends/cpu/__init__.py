@@ -11,6 +11,7 @@ from kdkernels.backends.cpu.divergence import (
 from kdkernels.backends.cpu.gradient_entries import collect_entries, expand_entries, sparse_products
 from kdkernels.backends.cpu.launching import status, supports
 from kdkernels.backends.cpu.pairwise_l1 import pairwise_l1_backward, pairwise_l1_forward, pairwise_normalisers
+from kdkernels.backends.cpu.ranking import plackett_luce, token_ranks
 from kdkernels.backends.cpu.records import pack_records, unpack_records
 from kdkernels.backends.cpu.relation import relation, relation_applies
 from kdkernels.backends.cpu.sinkhorn import SINKHORN_POTENTIALS, sinkhorn_backward, sinkhorn_forward
@@ -33,6 +34,7 @@ __all__ = [
     "pairwise_l1_backward",
     "pairwise_l1_forward",
     "pairwise_normalisers",
+    "plackett_luce",
     "relation",
     "relation_applies",
     "sample",
@@ -43,6 +45,7 @@ __all__ = [
     "sparse_products",
     "status",
     "supports",
+    "token_ranks",
     "token_statistics",
     "topk",
     "unpack_records",

@@ -12,6 +12,7 @@ from kdkernels.backends.triton.divergence import (
 )
 from kdkernels.backends.triton.launching import status, supports
 from kdkernels.backends.triton.pairwise_l1 import pairwise_l1_backward, pairwise_l1_forward, pairwise_normalisers
+from kdkernels.backends.triton.ranking import plackett_luce, token_ranks
 from kdkernels.backends.triton.records import unpack_records
 from kdkernels.backends.triton.sinkhorn import SINKHORN_POTENTIALS, sinkhorn_backward, sinkhorn_forward
 from kdkernels.backends.triton.sorted_l1 import sorted_l1
@@ -29,6 +30,7 @@ __all__ = [
     "pairwise_l1_backward",
     "pairwise_l1_forward",
     "pairwise_normalisers",
+    "plackett_luce",
     "sample",
     "sinkhorn_backward",
     "sinkhorn_forward",
@@ -36,6 +38,7 @@ __all__ = [
     "sparse_divergence_fused",
     "status",
     "supports",
+    "token_ranks",
     "token_statistics",
     "topk",
     "unpack_records",

@@ -33,6 +33,7 @@ class Kernels(NamedTuple):
     jit_function: type
     divergence: ModuleType
     pairwise_l1: ModuleType
+    ranking: ModuleType
     records: ModuleType
     sinkhorn: ModuleType
     sorted_l1: ModuleType
@@ -51,6 +52,7 @@ def load_kernels() -> Kernels:
         divergence,
         online_softmax,
         pairwise_l1,
+        ranking,
         records,
         sinkhorn,
         sorted_l1,
@@ -65,6 +67,7 @@ def load_kernels() -> Kernels:
         triton.JITFunction,
         divergence,
         pairwise_l1,
+        ranking,
         records,
         sinkhorn,
         sorted_l1,
