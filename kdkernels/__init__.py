@@ -21,7 +21,10 @@ from kdkernels.divergences import (
     SkewReverseKL,
 )
 from kdkernels.functional import (
+    bernoulli_loss,
     distillation_loss,
+    head_tail_gap,
+    mass_threshold,
     pack,
     pairwise_cosine,
     pairwise_l1,
@@ -37,6 +40,7 @@ from kdkernels.functional import (
 )
 from kdkernels.sources import LMHead, Logits, PackedLogits, SampledLogits, TopKLogits
 from kdkernels.statistics import TokenStatistics
+from kdkernels.targets import SparseTargets
 from kdkernels.transport import SinkhornResult
 
 try:
@@ -64,13 +68,17 @@ __all__ = [
     "SinkhornResult",
     "SkewForwardKL",
     "SkewReverseKL",
+    "SparseTargets",
     "TokenStatistics",
     "TopKLogits",
     "alignment",
     "backends",
+    "bernoulli_loss",
     "debug",
     "distillation_loss",
+    "head_tail_gap",
     "losses",
+    "mass_threshold",
     "pack",
     "pairwise_cosine",
     "pairwise_l1",

@@ -14,6 +14,8 @@ namespace {
 struct Kernels {
   const char* name;
   bool (*divergence)(const RowProblem&);
+  bool (*bernoulli)(const RowProblem&);
+  bool (*head_mass)(const HeadMassProblem&);
   bool (*token_statistics)(const RowProblem&);
   bool (*sparse_divergence)(SparseProblem&);
   void (*collect_entries)(const EntryChunk&, int32_t*, float*);
@@ -30,11 +32,12 @@ struct Kernels {
   bool (*sinkhorn_gradient)(const SinkhornGradientProblem&);
 };
 
-#define KD_KERNELS(isa)                                                                                              \
-  Kernels {                                                                                                          \
-    #isa, isa::divergence, isa::token_statistics, isa::sparse_divergence, isa::collect_entries, isa::expand_entries, \
-        isa::sparse_products, isa::pack_records, isa::unpack_records, isa::topk, isa::sample,                        \
-        isa::pairwise_normalisers, isa::pairwise_l1, isa::sorted_l1, isa::sinkhorn, isa::sinkhorn_gradient           \
+#define KD_KERNELS(isa)                                                                                          \
+  Kernels {                                                                                                      \
+    #isa, isa::divergence, isa::bernoulli, isa::head_mass, isa::token_statistics, isa::sparse_divergence,        \
+        isa::collect_entries, isa::expand_entries, isa::sparse_products, isa::pack_records, isa::unpack_records, \
+        isa::topk, isa::sample, isa::pairwise_normalisers, isa::pairwise_l1, isa::sorted_l1, isa::sinkhorn,      \
+        isa::sinkhorn_gradient                                                                                   \
   }
 
 bool processor_has(const std::string& isa) {

@@ -306,6 +306,14 @@ struct SinkhornGradientProblem : SinkhornProblem {
   void* grad_b = nullptr;
 };
 
+// Rows of the `head_mass` family: the teacher's most probable entries, and how far the student is from it on them. The
+// divergence's fields are not used.
+struct HeadMassProblem : RowProblem {
+  PerRow mass;
+  void* thresholds = nullptr;  // [rows]
+  void* gaps = nullptr;        // [rows, 2], of the head and of the tail; null: no student
+};
+
 // A buffer of this thread, at least `bytes` long and aligned to 64; it is kept between calls.
 // Null if there is no memory.
 void* thread_scratch(int64_t bytes);
@@ -318,6 +326,8 @@ void populate(void* data, int64_t bytes);
 #define KD_DECLARE_CPU_KERNELS(isa)                                               \
   namespace isa {                                                                 \
   bool divergence(const RowProblem& problem);                                     \
+  bool bernoulli(const RowProblem& problem);                                      \
+  bool head_mass(const HeadMassProblem& problem);                                 \
   bool token_statistics(const RowProblem& problem);                               \
   bool sparse_divergence(SparseProblem& problem);                                 \
   void collect_entries(const EntryChunk& chunk, int32_t* columns, float* values); \

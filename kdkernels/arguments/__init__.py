@@ -3,7 +3,9 @@
 Every refusal happens here, before a kernel runs, and names the argument, what was given and what is allowed.
 """
 
+from kdkernels.arguments.bernoulli import prepare_bernoulli
 from kdkernels.arguments.divergence import Total, prepare_loss, prepare_statistics, with_tolerance
+from kdkernels.arguments.head_mass import HeadProblem, prepare_head_tail_gap, prepare_mass_threshold
 from kdkernels.arguments.pairwise_hidden import hidden_pairs
 from kdkernels.arguments.pairwise_l1 import Pairs, prepare_pairs
 from kdkernels.arguments.records import pack_rows, unpack_rows
@@ -14,6 +16,7 @@ from kdkernels.arguments.token_log_probs import SetProblem, prepare_token_log_pr
 from kdkernels.arguments.topk import Picking, prepare_sample, prepare_topk
 
 __all__ = [
+    "HeadProblem",
     "Pairs",
     "Picking",
     "Problem",
@@ -23,7 +26,10 @@ __all__ = [
     "check_memory_budget",
     "hidden_pairs",
     "pack_rows",
+    "prepare_bernoulli",
+    "prepare_head_tail_gap",
     "prepare_loss",
+    "prepare_mass_threshold",
     "prepare_pairs",
     "prepare_sample",
     "prepare_sinkhorn",

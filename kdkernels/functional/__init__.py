@@ -1,6 +1,8 @@
 """The public functions, one module per kernel family."""
 
+from kdkernels.functional.bernoulli import bernoulli_loss
 from kdkernels.functional.divergence import distillation_loss
+from kdkernels.functional.head_mass import head_tail_gap, mass_threshold
 from kdkernels.functional.pairwise_hidden import pairwise_cosine, pairwise_sqeuclidean
 from kdkernels.functional.pairwise_l1 import pairwise_l1
 from kdkernels.functional.records import pack, unpack
@@ -11,7 +13,10 @@ from kdkernels.functional.token_statistics import token_statistics
 from kdkernels.functional.topk import sample_logits, topk_logits
 
 __all__ = [
+    "bernoulli_loss",
     "distillation_loss",
+    "head_tail_gap",
+    "mass_threshold",
     "pack",
     "pairwise_cosine",
     "pairwise_l1",

@@ -1,6 +1,8 @@
 """Pure PyTorch versions of the public functions, under the same names and arguments. They say what is right."""
 
+from kdkernels.reference.bernoulli import bernoulli_loss
 from kdkernels.reference.divergence import distillation_loss
+from kdkernels.reference.head_mass import head_tail_gap, mass_threshold
 from kdkernels.reference.pairwise_hidden import pairwise_cosine, pairwise_sqeuclidean
 from kdkernels.reference.pairwise_l1 import pairwise_l1
 from kdkernels.reference.records import pack, unpack
@@ -11,7 +13,10 @@ from kdkernels.reference.token_statistics import token_statistics
 from kdkernels.reference.topk import sample_logits, topk_logits
 
 __all__ = [
+    "bernoulli_loss",
     "distillation_loss",
+    "head_tail_gap",
+    "mass_threshold",
     "pack",
     "pairwise_cosine",
     "pairwise_l1",

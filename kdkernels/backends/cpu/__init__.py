@@ -1,5 +1,6 @@
 """The native CPU backend: hands addresses of torch tensors to the C++ kernels (families in ``csrc/cpu``)."""
 
+from kdkernels.backends.cpu.bernoulli import bernoulli
 from kdkernels.backends.cpu.divergence import (
     SAVED_STATISTICS,
     divergence_backward,
@@ -8,6 +9,7 @@ from kdkernels.backends.cpu.divergence import (
     divergence_total,
 )
 from kdkernels.backends.cpu.gradient_entries import collect_entries, expand_entries, sparse_products
+from kdkernels.backends.cpu.head_mass import head_mass
 from kdkernels.backends.cpu.launching import status, supports
 from kdkernels.backends.cpu.pairwise_l1 import pairwise_l1_backward, pairwise_l1_forward, pairwise_normalisers
 from kdkernels.backends.cpu.records import pack_records, unpack_records
@@ -20,12 +22,14 @@ from kdkernels.backends.cpu.topk import sample, topk
 __all__ = [
     "SAVED_STATISTICS",
     "SINKHORN_POTENTIALS",
+    "bernoulli",
     "collect_entries",
     "divergence_backward",
     "divergence_forward",
     "divergence_fused",
     "divergence_total",
     "expand_entries",
+    "head_mass",
     "pack_records",
     "pairwise_l1_backward",
     "pairwise_l1_forward",

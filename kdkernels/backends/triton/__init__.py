@@ -3,12 +3,14 @@
 With ``TRITON_INTERPRET=1`` set before triton is imported, they run in Triton's interpreter instead, on CPU tensors.
 """
 
+from kdkernels.backends.triton.bernoulli import bernoulli
 from kdkernels.backends.triton.divergence import (
     SAVED_STATISTICS,
     divergence_backward,
     divergence_forward,
     divergence_fused,
 )
+from kdkernels.backends.triton.head_mass import head_mass
 from kdkernels.backends.triton.launching import status, supports
 from kdkernels.backends.triton.pairwise_l1 import pairwise_l1_backward, pairwise_l1_forward, pairwise_normalisers
 from kdkernels.backends.triton.records import unpack_records
@@ -21,9 +23,11 @@ from kdkernels.backends.triton.topk import sample, topk
 __all__ = [
     "SAVED_STATISTICS",
     "SINKHORN_POTENTIALS",
+    "bernoulli",
     "divergence_backward",
     "divergence_forward",
     "divergence_fused",
+    "head_mass",
     "pairwise_l1_backward",
     "pairwise_l1_forward",
     "pairwise_normalisers",

@@ -29,7 +29,9 @@ class Kernels(NamedTuple):
 
     language: ModuleType
     jit_function: type
+    bernoulli: ModuleType
     divergence: ModuleType
+    head_mass: ModuleType
     pairwise_l1: ModuleType
     records: ModuleType
     sinkhorn: ModuleType
@@ -46,7 +48,9 @@ def load_kernels() -> Kernels:
     import triton.language
 
     from kdkernels.triton_kernels import (
+        bernoulli,
         divergence,
+        head_mass,
         online_softmax,
         pairwise_l1,
         records,
@@ -61,7 +65,9 @@ def load_kernels() -> Kernels:
     return Kernels(
         triton.language,
         triton.JITFunction,
+        bernoulli,
         divergence,
+        head_mass,
         pairwise_l1,
         records,
         sinkhorn,
