@@ -83,12 +83,15 @@ def head_mass_kernel(
     teacher_softcap: tl.float64,
     HAS_STUDENT_CAP: tl.constexpr,
     HAS_TEACHER_CAP: tl.constexpr,
+    CROSSING: tl.constexpr,
     COMPUTE: tl.constexpr,
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """One row: the lowest logit of the teacher's head and, with a student, the sums of |p - q| over head and tail.
+
+    CROSSING: the entries that cross the mass are of the head.
 
     teacher, student: [N, V] logits, adjacent columns, row strides in vectors of WIDTH logits; student may be None.
     masses: [N], or None (`mass` for all). thresholds: [N]; gaps: [N, 2]. active: bool [N]; temperatures: [N]; each may be
@@ -111,7 +114,7 @@ def head_mass_kernel(
     # The head reaches down to `threshold` at least. What is above `low` and up to `high`, a logit of the row, may follow; what
     # is not above `low` does not: the first entry of the tail has at least (1 - target) / vocab_size.
     threshold = largest
-    _, _, high = divide(
+    held, _, high = divide(
         pointer, vocab_size, largest, largest, factor, scale, cap, HAS_TEACHER_CAP, COMPUTE, UNROLL, LANES, WIDTH
     )
     nothing = tl.full((), LOGIT_FLOOR - 1.0, COMPUTE)
@@ -127,8 +130,12 @@ def head_mass_kernel(
         )
         inside = found <= target
         threshold = tl.where(inside, above, threshold)
+        held = tl.where(inside, found, held)
         high = tl.where(inside, below, high)
         low = tl.where(inside, low, above)
+    if CROSSING:
+        # What follows the head is `high`.
+        threshold = tl.where((held < target) & (high >= LOGIT_FLOOR), high, threshold)
     threshold = tl.where(total < float("inf"), threshold, float("nan"))
     tl.store(thresholds + row, threshold)
 

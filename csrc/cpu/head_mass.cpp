@@ -116,10 +116,10 @@ struct Head {
   double head_gap, tail_gap;
 };
 
-// The head of entries whose largest logit is that of the row; `target` in the unit of their masses. The gaps of the entries
-// are added to `tail_gap`, or make up that of the head.
+// The head of entries whose largest logit is that of the row; `target` in the unit of their masses. With `crossing` it has
+// the entries that cross the target, too. The gaps of the entries are added to `tail_gap`, or make up that of the head.
 template <class Real>
-Head<Real> find_head(Entries<Real> entries, int64_t n, double target, double tail_gap) {
+Head<Real> find_head(Entries<Real> entries, int64_t n, double target, bool crossing, double tail_gap) {
   Head<Real> result{0, 0, tail_gap};
   double above_mass = 0;
   Real above_lowest = 0;
@@ -133,7 +133,7 @@ Head<Real> find_head(Entries<Real> entries, int64_t n, double target, double tai
     Half<Real> above, below;
     divide(entries, n, bound, above, below);
     if (lowest == highest) {  // all in `above`
-      if (above_mass + above.mass <= target || !some_above) {
+      if (above_mass + above.mass <= target || !some_above || (crossing && above_mass < target)) {
         result.threshold = lowest;
         result.head_gap += above.gap;
       } else {
@@ -258,7 +258,7 @@ Head<Real> head_of(const HeadMassProblem& problem, const Scratch<Real>& scratch,
     exp2_block(scratch.entries.logits, count, teacher.tempering, scratch.entries.masses);
     target *= teacher.sum;
   }
-  return find_head(scratch.entries, count, target, other_gap);
+  return find_head(scratch.entries, count, target, problem.crossing, other_gap);
 }
 
 template <class Real>

@@ -310,6 +310,7 @@ struct SinkhornGradientProblem : SinkhornProblem {
 // divergence's fields are not used.
 struct HeadMassProblem : RowProblem {
   PerRow mass;
+  bool crossing = false;       // whether the entry that crosses the mass is of the head
   void* thresholds = nullptr;  // [rows]
   void* gaps = nullptr;        // [rows, 2], of the head and of the tail; null: no student
 };

@@ -232,7 +232,7 @@ class FusedTotal(torch.autograd.Function):
                 raise NotImplementedError(
                     "bernoulli_loss: second derivatives in which the weight requires grad need backend='reference'"
                 )
-            sources = pack_sources(Side(*tensors, ctx.scale), ctx.targets)
+            sources = pack_sources(Side(tensors[0], tensors[1], tensors[2], ctx.scale), ctx.targets)
             gradients = second_order(sources, ctx.spec, needs[4:], scales * grad_total)
         else:
             gradients = take_scaled(ctx, grad_total)
@@ -249,7 +249,8 @@ def total(problem: Problem, targets: Targets, scales: Tensor, memory_budget: int
         sources = pack_sources(student, targets)
         value = bernoulli_total_op(*sources, scales, wanted, memory_budget, backend, *pack_spec(spec))[0]
     elif any(wanted) or (torch.is_grad_enabled() and scales.requires_grad):
-        plain = Side(*(None if tensor is None else tensor.detach() for tensor in tensors), student.scale)  # type: ignore[arg-type]
+        weight, bias = (None if tensor is None else tensor.detach() for tensor in tensors[1:])
+        plain = Side(student.tensor.detach(), weight, bias, student.scale)
         options = memory_budget, backend, spec
         value = FusedTotal.apply(options, scales, targets, plain, *tensors)  # type: ignore[no-untyped-call]
     else:

@@ -19,6 +19,7 @@ def head_mass(teacher: Tensor, student: Tensor | None, spec: RowSpec) -> tuple[T
         *sides_arguments(teacher if student is None else student, teacher, spec),
         spec.a,
         address(spec.parameters),
+        spec.b != 0,
         thresholds.data_ptr(),
         0 if student is None else gaps.data_ptr(),
     )

@@ -29,6 +29,7 @@ def head_mass(teacher: Tensor, student: Tensor | None, spec: RowSpec) -> tuple[T
                 thresholds,
                 gaps,
                 **row_arguments(spec),
+                CROSSING=spec.b != 0,
                 COMPUTE=launch.compute,
                 UNROLL=launch.unroll,
                 LANES=launch.lanes,
