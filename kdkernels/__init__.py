@@ -11,6 +11,7 @@ from kdkernels.divergences import (
     TVD,
     ABDivergence,
     AlphaDivergence,
+    Decoupled,
     Divergence,
     ForwardKL,
     Hellinger,
@@ -19,6 +20,7 @@ from kdkernels.divergences import (
     ReverseKL,
     SkewForwardKL,
     SkewReverseKL,
+    SoftCrossEntropy,
 )
 from kdkernels.functional import (
     bernoulli_loss,
@@ -54,6 +56,7 @@ __all__ = [
     "ABDivergence",
     "AlphaDivergence",
     "BackendStatus",
+    "Decoupled",
     "Divergence",
     "ForwardKL",
     "GradientReport",
@@ -69,6 +72,7 @@ __all__ = [
     "SkewForwardKL",
     "SkewReverseKL",
     "SparseTargets",
+    "SoftCrossEntropy",
     "TokenStatistics",
     "TopKLogits",
     "alignment",

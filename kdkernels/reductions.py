@@ -48,9 +48,7 @@ def row_scales(problem: Problem, total: Total) -> Scales:
     scale = 1.0 if total.reduction == "sum" else reciprocal(problem, total)
     divergence = scale * total.divergence_scale
     cross_entropy = scale * total.cross_entropy_scale
-    if total.weight is None and not isinstance(divergence, Tensor):
-        # Then the scale is a number, and so is that of the cross-entropy, which has fewer factors.
-        assert not isinstance(cross_entropy, Tensor)
+    if total.weight is None and not isinstance(divergence, Tensor) and not isinstance(cross_entropy, Tensor):
         return Scales(divergence, None, cross_entropy, None)
 
     def per_row(factor: float | Tensor) -> Tensor:

@@ -201,7 +201,15 @@ LOSS = [
     refusal("ce_weight-infinite", ValueError, "ce_weight", "finite", "inf", ce_weight=INF),
     refusal("ce_weight-none", TypeError, "ce_weight", "number", "None", ce_weight=None),
     refusal("ce_weight-string", TypeError, "ce_weight", "number", "'1'", ce_weight="1"),
-    refusal("ce_weight-tensor", TypeError, "ce_weight", "number", "tensor(", ce_weight=torch.tensor(0.5)),
+    refusal("ce_weight-tensor-without-labels", ValueError, "ce_weight", "labels", ce_weight=torch.tensor(0.5)),
+    refusal(
+        "ce_weight-tensor-shape",
+        ValueError,
+        "ce_weight",
+        "(6,)",
+        ce_weight=torch.ones(6),
+        labels=tokens(dtype=torch.int64),
+    ),
     refusal("reduction-unknown", ValueError, "reduction", "none, sum, mean", "'avg'", reduction="avg"),
     refusal("reduction-none", ValueError, "reduction", "none, sum, mean", "None", reduction=None),
     refusal("reduction-list", ValueError, "reduction", "none, sum, mean", "['sum']", reduction=["sum"]),
@@ -298,7 +306,7 @@ def test_backend_refuses_the_device_of_the_tensors() -> None:
 
 
 def number_parameters(
-    name: str, make: Callable[[Any], Any]
+    name: str, make: Callable[[Any], Any], *, tensors: bool = False
 ) -> list[tuple[str, Callable[[], Any], type, tuple[str, ...]]]:
     """What no parameter of a divergence may be."""
     values = {
@@ -307,8 +315,9 @@ def number_parameters(
         "string": ("0.5", TypeError),
         "bool": (True, TypeError),
         "none": (None, TypeError),
-        "tensor": (torch.tensor(0.5), TypeError),
     }
+    if not tensors:
+        values["tensor"] = (torch.tensor(0.5), TypeError)
     return [
         (f"{name}-{case}", lambda value=value: make(value), error, ("finite number", repr(value)))
         for case, (value, error) in values.items()
@@ -316,10 +325,10 @@ def number_parameters(
 
 
 BAD_DIVERGENCES = [
-    *number_parameters("Jeffreys: weight", kd.Jeffreys),
-    *number_parameters("JSD: beta", kd.JSD),
-    *number_parameters("SkewForwardKL: alpha", kd.SkewForwardKL),
-    *number_parameters("SkewReverseKL: alpha", kd.SkewReverseKL),
+    *number_parameters("Jeffreys: weight", kd.Jeffreys, tensors=True),
+    *number_parameters("JSD: beta", kd.JSD, tensors=True),
+    *number_parameters("SkewForwardKL: alpha", kd.SkewForwardKL, tensors=True),
+    *number_parameters("SkewReverseKL: alpha", kd.SkewReverseKL, tensors=True),
     *number_parameters("AlphaDivergence: alpha", kd.AlphaDivergence),
     *number_parameters("Renyi: alpha", kd.Renyi),
     *number_parameters("ABDivergence: alpha", lambda value: kd.ABDivergence(value, 0.5)),

@@ -549,7 +549,11 @@ BAD: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     ),
     "renormalized jeffreys": (topk(tail="renormalize"), {"divergence": kd.Jeffreys(0.5)}, r"infinite with"),
     "renormalized alpha": (topk(tail="renormalize"), {"divergence": kd.AlphaDivergence(-0.5)}, r"infinite with"),
-    "sampled jsd": (sampled(), {"divergence": kd.JSD()}, r"must be ForwardKL\(\) for SampledLogits"),
+    "sampled jsd": (
+        sampled(),
+        {"divergence": kd.JSD()},
+        r"must be ForwardKL\(\) or SoftCrossEntropy\(\) for SampledLogits",
+    ),
     "negative weight": (
         sampled(weights=torch.tensor([[0.5, -1.0], [1, 1]])),
         {},

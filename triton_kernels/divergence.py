@@ -43,6 +43,7 @@ TVD = tl.constexpr(6)
 ALPHA = tl.constexpr(7)  # a: alpha, b: factor in front
 RENYI = tl.constexpr(8)  # a: order
 AB = tl.constexpr(9)  # a, b: both exponents
+SOFT_CROSS_ENTROPY = tl.constexpr(10)
 
 # Columns of the row statistics. Maxima are of the raw (capped, floored, untempered) logits; log l = log sum exp(x - m).
 STUDENT_MAX = tl.constexpr(0)
@@ -52,7 +53,9 @@ TEACHER_LOG_SUM = tl.constexpr(3)
 STUDENT_CONSTANT = tl.constexpr(4)  # H_s; Renyi: log sum p^a q^(1-a)
 TEACHER_CONSTANT = tl.constexpr(5)  # H_t; Renyi: the same as H_s
 STUDENT_HARD_LOG_SUM = tl.constexpr(6)  # of the student at temperature 1, for the cross-entropy; 0 without labels
-STATISTICS = tl.constexpr(7)
+STUDENT_TARGET = tl.constexpr(7)  # derivatives of the target's own term, with its weight; 0 without targets
+TEACHER_TARGET = tl.constexpr(8)
+STATISTICS = tl.constexpr(9)
 
 TINY = tl.constexpr(1.2e-38)  # below every probability that counts; keeps mixtures of two underflowed ones off 0
 SATURATION = tl.constexpr(60.0 * 1.4426950408889634)  # largest exponent of a power form, base 2: it must not overflow
@@ -73,17 +76,18 @@ def divergence_terms(log_p, log_q, a, b, KIND: tl.constexpr, FAST_LOG: tl.conste
         h_t = a * LN_2 * p * (log_p - log_m)
         value = h_s
     elif KIND == SKEW_FORWARD_KL:
+        # Without skew, which a row of its own may have, the mixture is q also where that underflows.
         m = above_zero(a * p + (1 - a) * q)
         ratio = p / m
-        value = p * LN_2 * (log_p - log2_of(m, FAST_LOG))
-        h_s = (a - 1) * q * ratio
+        value = p * LN_2 * (log_p - tl.where(a == 0, log_q, log2_of(m, FAST_LOG)))
+        h_s = tl.where(a == 0, -p, (a - 1) * q * ratio)
         h_t = value - a * p * ratio
     elif KIND == SKEW_REVERSE_KL:
         m = above_zero((1 - a) * p + a * q)
         ratio = q / m
-        value = q * LN_2 * (log_q - log2_of(m, FAST_LOG))
+        value = q * LN_2 * (log_q - tl.where(a == 0, log_p, log2_of(m, FAST_LOG)))
         h_s = value - a * q * ratio
-        h_t = (a - 1) * p * ratio
+        h_t = tl.where(a == 0, -q, (a - 1) * p * ratio)
     elif KIND == TVD:
         half_sign = tl.where(q > p, 0.5, tl.where(q < p, -0.5, q - p))  # q - p: NaN stays NaN
         h_s = q * half_sign
@@ -106,6 +110,15 @@ def divergence_terms(log_p, log_q, a, b, KIND: tl.constexpr, FAST_LOG: tl.conste
 
 
 @triton.jit
+def log2_logistic(z):
+    """log2 of 1 / (1 + 2^-z)."""
+    small = tl.exp2(-tl.abs(z))
+    # log2(1 + small), whose series is exact where the sum is not
+    log_sum = tl.where(small < 1e-4, small * (1 - small * (0.5 - small * (1.0 / 3.0))) * LOG2_E, tl.log2(1 + small))
+    return tl.minimum(z, 0.0) - log_sum
+
+
+@triton.jit
 def above_zero(m):
     """Mixtures lifted to TINY; NaN stays NaN."""
     return tl.where(m < TINY, TINY, m)
@@ -115,7 +128,7 @@ def above_zero(m):
 def student_terms(log_p, log_q, constant, a, b, KIND: tl.constexpr, FAST_LOG: tl.constexpr):
     """tau_s times the gradient to the student's logits at each entry; logarithms in base 2, `constant` = H_s."""
     q = tl.exp2(log_q)
-    if KIND == FORWARD_KL:
+    if KIND == FORWARD_KL or KIND == SOFT_CROSS_ENTROPY:
         gradient = q - tl.exp2(log_p)
     elif KIND == REVERSE_KL:
         gradient = q * ((log_q - log_p) * LN_2 - constant)
@@ -138,6 +151,8 @@ def teacher_terms(log_p, log_q, constant, a, b, KIND: tl.constexpr, FAST_LOG: tl
         gradient = p * ((log_p - log_q) * LN_2 - constant)
     elif KIND == REVERSE_KL:
         gradient = p - tl.exp2(log_q)
+    elif KIND == SOFT_CROSS_ENTROPY:
+        gradient = p * (-log_q * LN_2 - constant)
     elif KIND == JEFFREYS:
         # constant = a FKL - (1 - a)
         gradient = p * (a * LN_2 * (log_p - log_q) - constant) - (1 - a) * tl.exp2(log_q)
@@ -161,6 +176,7 @@ def accumulate(
     student_cap,
     teacher_cap,
     a,
+    target,
     KIND: tl.constexpr,
     HARD: tl.constexpr,
     HAS_STUDENT_CAP: tl.constexpr,
@@ -169,37 +185,44 @@ def accumulate(
     EVICTION: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """First sweep, one tile: the lanes' state with this tile added to it.
+    """First sweep, one tile: the lanes' state with this tile added to it, without the `target` (None: no row has one).
 
-    state, each [LANES]: max_s, sum_s, max_t, sum_t, cross_s = sum 2^z_s (z_s - z_t), cross_t = sum 2^z_t (z_t - z_s),
-    hard_sum (student at temperature 1), max_x, sum_x (Renyi: x = a z_t + (1 - a) z_s), where z = (x - max) * scale are
-    the tempered exponents relative to the running maxima.
+    state, each [LANES]: max_s, sum_s, max_t, sum_t, cross_s = sum 2^z_s (z_s - z_t), cross_t = sum 2^z_t (z_t - z_s) or,
+    for the soft cross-entropy, sum 2^z_t (-z_s), hard_sum (student at temperature 1), max_x, sum_x (Renyi:
+    x = a z_t + (1 - a) z_s), where z = (x - max) * scale are the tempered exponents relative to the running maxima.
     """
     max_s, sum_s, max_t, sum_t, cross_s, cross_t, hard_sum, max_x, sum_x = state
     valid = columns < vocab_size
     s, _ = load_logits(student_pointer, columns, valid, student_cap, HAS_STUDENT_CAP, MASKED, EVICTION, COMPUTE)
     t, _ = load_logits(teacher_pointer, columns, valid, teacher_cap, HAS_TEACHER_CAP, MASKED, EVICTION, COMPUTE)
+    LEAVES_OUT: tl.constexpr = MASKED or target is not None
+    if target is not None:
+        valid = valid & (columns != target)
+        s = tl.where(valid, s, LOGIT_FLOOR)
+        t = tl.where(valid, t, LOGIT_FLOOR)
     old_max_s = max_s
     max_s, shift_s, z_s = advance_maximum(max_s, s, student_scale)
     max_t, shift_t, z_t = advance_maximum(max_t, t, teacher_scale)
-    power_s = powers_of_two(z_s, valid, MASKED)
-    power_t = powers_of_two(z_t, valid, MASKED)
+    power_s = powers_of_two(z_s, valid, LEAVES_OUT)
+    power_t = powers_of_two(z_t, valid, LEAVES_OUT)
     rescale_s = tl.exp2(shift_s)
     rescale_t = tl.exp2(shift_t)
     if HARD:
-        hard = powers_of_two((s - max_s[None, :, None]) * LOG2_E, valid, MASKED)
+        hard = powers_of_two((s - max_s[None, :, None]) * LOG2_E, valid, LEAVES_OUT)
         hard_sum = hard_sum * tl.exp2((old_max_s - max_s) * LOG2_E) + lane_sum(hard)
     if KIND == FORWARD_KL or KIND == JEFFREYS:
         cross_t = rescale_t * (cross_t + sum_t * (shift_t - shift_s)) + lane_sum(power_t * (z_t - z_s))
+    if KIND == SOFT_CROSS_ENTROPY:
+        cross_t = rescale_t * (cross_t - sum_t * shift_s) - lane_sum(power_t * z_s)
     if KIND == REVERSE_KL or KIND == JEFFREYS:
         cross_s = rescale_s * (cross_s + sum_s * (shift_s - shift_t)) + lane_sum(power_s * (z_s - z_t))
     if KIND == RENYI:
         x = a * z_t + (1 - a) * z_s
-        if MASKED:
+        if LEAVES_OUT:
             x = tl.where(valid, x, LOWEST)
         max_x += a * shift_t + (1 - a) * shift_s
         max_x, shift_x, z_x = advance_maximum(max_x, x, 1.0)
-        sum_x = sum_x * tl.exp2(shift_x) + lane_sum(powers_of_two(z_x, valid, MASKED))
+        sum_x = sum_x * tl.exp2(shift_x) + lane_sum(powers_of_two(z_x, valid, LEAVES_OUT))
     sum_s = sum_s * rescale_s + lane_sum(power_s)
     sum_t = sum_t * rescale_t + lane_sum(power_t)
     return max_s, sum_s, max_t, sum_t, cross_s, cross_t, hard_sum, max_x, sum_x
@@ -222,6 +245,7 @@ def accumulate_terms(
     teacher_cap,
     a,
     b,
+    target,
     KIND: tl.constexpr,
     FAST_LOG: tl.constexpr,
     HAS_STUDENT_CAP: tl.constexpr,
@@ -238,7 +262,9 @@ def accumulate_terms(
     log_q = (s - max_s) * student_scale - log_sum_s
     log_p = (t - max_t) * teacher_scale - log_sum_t
     h_s, h_t, value = divergence_terms(log_p, log_q, a, b, KIND, FAST_LOG)
-    if MASKED:
+    if target is not None:
+        valid = valid & (columns != target)
+    if MASKED or target is not None:
         h_s = tl.where(valid, h_s, 0.0)
         h_t = tl.where(valid, h_t, 0.0)
         value = tl.where(valid, value, 0.0)
@@ -259,12 +285,18 @@ def divergence_forward_kernel(
     active,
     student_temperatures,
     teacher_temperatures,
+    parameters,
+    targets,
+    target_weights,
+    rest_weights,
     student_temperature: tl.float64,
     teacher_temperature: tl.float64,
     student_softcap: tl.float64,
     teacher_softcap: tl.float64,
     a: tl.float64,
     b: tl.float64,
+    target_weight: tl.float64,
+    rest_weight: tl.float64,
     KIND: tl.constexpr,
     FAST_LOG: tl.constexpr,
     HAS_STUDENT_CAP: tl.constexpr,
@@ -278,7 +310,8 @@ def divergence_forward_kernel(
 
     student, teacher: [N, V] logits, adjacent columns, row strides in vectors of WIDTH logits; grid (N,).
     divergence, cross_entropy: [N] in COMPUTE; statistics: [N, STATISTICS] in COMPUTE.
-    labels: int64 [N]; active: bool [N]; temperatures: [N]; each may be None. Scalars are fp64 for fp64 logits' sake.
+    labels: int64 [N]; active: bool [N]; temperatures: [N]; parameters: [N], instead of a; targets: int64 [N], the column
+    that stands apart, -1: none; weights: [N]; each may be None. Scalars are fp64 for fp64 logits' sake.
 
     Whole tiles go without a mask, so that their loads are vectors at any vocabulary size; smaller masked ones follow.
     """
@@ -296,8 +329,11 @@ def divergence_forward_kernel(
     teacher_scale = LOG2_E / teacher_temperature
     student_cap = tl.full((), student_softcap, COMPUTE)
     teacher_cap = tl.full((), teacher_softcap, COMPUTE)
-    a = tl.full((), a, COMPUTE)
+    a = row_scalar(a, parameters, row, COMPUTE)
     b = tl.full((), b, COMPUTE)
+    target = targets
+    if targets is not None:
+        target = tl.load(targets + row).to(tl.int32)
     student_row = row_pointer(student, row, student_stride, WIDTH)
     teacher_row = row_pointer(teacher, row, teacher_stride, WIDTH)
     columns = tile_columns(UNROLL, LANES, WIDTH)
@@ -312,12 +348,12 @@ def divergence_forward_kernel(
     for start in range(0, whole, TILE):
         state = accumulate(
             state, student_row, teacher_row, start + columns, vocab_size, student_scale, teacher_scale,
-            student_cap, teacher_cap, a, KIND, HARD, HAS_STUDENT_CAP, HAS_TEACHER_CAP, False, "", COMPUTE,
+            student_cap, teacher_cap, a, target, KIND, HARD, HAS_STUDENT_CAP, HAS_TEACHER_CAP, False, "", COMPUTE,
         )  # fmt: skip
     for start in range(whole, vocab_size, REST_TILE):
         state = accumulate(
             state, student_row, teacher_row, start + rest_columns, vocab_size, student_scale, teacher_scale,
-            student_cap, teacher_cap, a, KIND, HARD, HAS_STUDENT_CAP, HAS_TEACHER_CAP, True, "", COMPUTE,
+            student_cap, teacher_cap, a, target, KIND, HARD, HAS_STUDENT_CAP, HAS_TEACHER_CAP, True, "", COMPUTE,
         )  # fmt: skip
 
     lane_max_s, sum_s, lane_max_t, sum_t, cross_s, cross_t, hard_sum, max_x, sum_x = state
@@ -343,6 +379,10 @@ def divergence_forward_kernel(
         value = reverse_kl
         constant_s = reverse_kl
         constant_t = -1.0
+    elif KIND == SOFT_CROSS_ENTROPY:
+        value = (tl.sum(rescale_t * (cross_t - sum_t * shift_s), axis=0) / row_sum_t + log_sum_s) * LN_2
+        constant_s = -1.0
+        constant_t = value
     elif KIND == JEFFREYS:
         value = a * forward_kl + (1 - a) * reverse_kl
         constant_s = (1 - a) * reverse_kl - a
@@ -360,13 +400,13 @@ def divergence_forward_kernel(
         for start in range(whole, vocab_size, REST_TILE):
             sums = accumulate_terms(
                 sums, student_row, teacher_row, start + rest_columns, vocab_size, max_s, log_sum_s, student_scale,
-                student_cap, max_t, log_sum_t, teacher_scale, teacher_cap, a, b, KIND, FAST_LOG, HAS_STUDENT_CAP,
+                student_cap, max_t, log_sum_t, teacher_scale, teacher_cap, a, b, target, KIND, FAST_LOG, HAS_STUDENT_CAP,
                 HAS_TEACHER_CAP, True, "evict_first", COMPUTE,
             )  # fmt: skip
         for done in range(0, whole, TILE):
             sums = accumulate_terms(
                 sums, student_row, teacher_row, (whole - TILE - done) + columns, vocab_size, max_s, log_sum_s,
-                student_scale, student_cap, max_t, log_sum_t, teacher_scale, teacher_cap, a, b, KIND, FAST_LOG,
+                student_scale, student_cap, max_t, log_sum_t, teacher_scale, teacher_cap, a, b, target, KIND, FAST_LOG,
                 HAS_STUDENT_CAP, HAS_TEACHER_CAP, False, "evict_first", COMPUTE,
             )  # fmt: skip
         constant_s = tl.sum(sums[0], axis=0)
@@ -377,6 +417,25 @@ def divergence_forward_kernel(
             value = constant_s + constant_t
             if KIND == AB:
                 value = value / (a + b)
+    student_target = 0.0
+    teacher_target = 0.0
+    if targets is not None:
+        # The log-odds of the target, from sums without it: nothing cancels where it has nearly all of the mass.
+        has_target = target >= 0
+        place = tl.where(has_target, target, 0)
+        target_logit = load_label_logit(student_row, place, vocab_size, student_cap, HAS_STUDENT_CAP, COMPUTE)
+        teacher_logit = load_label_logit(teacher_row, place, vocab_size, teacher_cap, HAS_TEACHER_CAP, COMPUTE)
+        y = (target_logit - max_s) * student_scale - log_sum_s
+        x = (teacher_logit - max_t) * teacher_scale - log_sum_t
+        log_q, log_not_q = log2_logistic(y), log2_logistic(-y)
+        log_p, log_not_p = log2_logistic(x), log2_logistic(-x)
+        p = tl.exp2(log_p)
+        not_p = tl.exp2(log_not_p)
+        weight = tl.where(has_target, row_scalar(target_weight, target_weights, row, COMPUTE), 0.0)
+        value = row_scalar(rest_weight, rest_weights, row, COMPUTE) * value
+        value += weight * LN_2 * (p * (log_p - log_q) + not_p * (log_not_p - log_not_q))
+        student_target = weight * tl.where(x > 0, not_p - tl.exp2(log_not_q), tl.exp2(log_q) - p)
+        teacher_target = weight * LN_2 * p * not_p * (x - y)
     tl.store(divergence + row, value)
 
     row_statistics = statistics + row.to(tl.int64) * STATISTICS
@@ -386,8 +445,15 @@ def divergence_forward_kernel(
     tl.store(row_statistics + TEACHER_LOG_SUM, log_sum_t * LN_2)
     tl.store(row_statistics + STUDENT_CONSTANT, constant_s)
     tl.store(row_statistics + TEACHER_CONSTANT, constant_t)
+    tl.store(row_statistics + STUDENT_TARGET, student_target)
+    tl.store(row_statistics + TEACHER_TARGET, teacher_target)
     if labels is not None:
         hard_log_sum = tl.log(tl.sum(hard_sum * tl.exp2((lane_max_s - max_s) * LOG2_E), axis=0))
+        if targets is not None:
+            gap = target_logit - max_s
+            high = tl.maximum(hard_log_sum, gap)
+            both = high + tl.log(tl.exp(hard_log_sum - high) + tl.exp(gap - high))
+            hard_log_sum = tl.where(has_target, both, hard_log_sum)
         label = tl.load(labels + row)
         logit = load_label_logit(student_row, label, vocab_size, student_cap, HAS_STUDENT_CAP, COMPUTE)
         tl.store(cross_entropy + row, hard_log_sum - (logit - max_s))
@@ -420,6 +486,10 @@ def gradient_tile(
     hard_factor,
     a,
     b,
+    target,
+    rest_weight,
+    student_target,
+    teacher_target,
     KIND: tl.constexpr,
     FAST_LOG: tl.constexpr,
     HARD: tl.constexpr,
@@ -436,13 +506,21 @@ def gradient_tile(
     log_q = (s - max_s) * student_scale - log_sum_s
     log_p = (t - max_t) * teacher_scale - log_sum_t
     if grad_student_row is not None:
-        gradient = student_factor * student_terms(log_p, log_q, constant_s, a, b, KIND, FAST_LOG)
+        gradient = student_terms(log_p, log_q, constant_s, a, b, KIND, FAST_LOG)
+        if target is not None:
+            gradient = rest_weight * gradient - student_target * tl.exp2(log_q)
+            gradient = tl.where(columns == target, student_target, gradient)
+        gradient *= student_factor
         if HARD:
             hard = tl.exp2((s - max_s) * LOG2_E - hard_log_sum)
             gradient += hard_factor * (hard - tl.where(columns == label, 1.0, 0.0))
         store_gradient(grad_student_row + columns, gradient, s, tanh_s, valid, HAS_STUDENT_CAP, MASKED)
     if grad_teacher_row is not None:
-        gradient = teacher_factor * teacher_terms(log_p, log_q, constant_t, a, b, KIND, FAST_LOG)
+        gradient = teacher_terms(log_p, log_q, constant_t, a, b, KIND, FAST_LOG)
+        if target is not None:
+            gradient = rest_weight * gradient - teacher_target * tl.exp2(log_p)
+            gradient = tl.where(columns == target, teacher_target, gradient)
+        gradient *= teacher_factor
         store_gradient(grad_teacher_row + columns, gradient, t, tanh_t, valid, HAS_TEACHER_CAP, MASKED)
 
 
@@ -493,12 +571,16 @@ def divergence_backward_kernel(
     active,
     student_temperatures,
     teacher_temperatures,
+    parameters,
+    targets,
+    rest_weights,
     student_temperature: tl.float64,
     teacher_temperature: tl.float64,
     student_softcap: tl.float64,
     teacher_softcap: tl.float64,
     a: tl.float64,
     b: tl.float64,
+    rest_weight: tl.float64,
     KIND: tl.constexpr,
     FAST_LOG: tl.constexpr,
     HAS_STUDENT_CAP: tl.constexpr,
@@ -535,7 +617,7 @@ def divergence_backward_kernel(
     teacher_scale = LOG2_E / teacher_temperature
     student_cap = tl.full((), student_softcap, COMPUTE)
     teacher_cap = tl.full((), teacher_softcap, COMPUTE)
-    a = tl.full((), a, COMPUTE)
+    a = row_scalar(a, parameters, row, COMPUTE)
     b = tl.full((), b, COMPUTE)
     row_statistics = statistics + row.to(tl.int64) * STATISTICS
     max_s = tl.load(row_statistics + STUDENT_MAX)
@@ -554,6 +636,14 @@ def divergence_backward_kernel(
         label = tl.load(labels + row).to(tl.int32)
         hard_log_sum = tl.load(row_statistics + STUDENT_HARD_LOG_SUM) * LOG2_E
         hard_factor = tl.load(grad_cross_entropy + row)
+    target = targets
+    student_target = 0.0
+    teacher_target = 0.0
+    if targets is not None:
+        target = tl.load(targets + row).to(tl.int32)
+        student_target = tl.load(row_statistics + STUDENT_TARGET)
+        teacher_target = tl.load(row_statistics + TEACHER_TARGET)
+        rest_weight = row_scalar(rest_weight, rest_weights, row, COMPUTE)
     student_row = row_pointer(student, row, student_stride, WIDTH)
     teacher_row = row_pointer(teacher, row, teacher_stride, WIDTH)
     whole = vocab_size // TILE * TILE
@@ -562,7 +652,7 @@ def divergence_backward_kernel(
             start, columns, vocab_size, student_row, teacher_row, grad_student_row, grad_teacher_row,
             max_s, log_sum_s, constant_s, student_scale, student_cap, student_factor,
             max_t, log_sum_t, constant_t, teacher_scale, teacher_cap, teacher_factor,
-            label, hard_log_sum, hard_factor, a, b,
+            label, hard_log_sum, hard_factor, a, b, target, rest_weight, student_target, teacher_target,
             KIND, FAST_LOG, HARD, HAS_STUDENT_CAP, HAS_TEACHER_CAP, False, COMPUTE,
         )  # fmt: skip
     rest_columns = tl.arange(0, REST_TILE)
@@ -571,6 +661,6 @@ def divergence_backward_kernel(
             start, rest_columns, vocab_size, student_row, teacher_row, grad_student_row, grad_teacher_row,
             max_s, log_sum_s, constant_s, student_scale, student_cap, student_factor,
             max_t, log_sum_t, constant_t, teacher_scale, teacher_cap, teacher_factor,
-            label, hard_log_sum, hard_factor, a, b,
+            label, hard_log_sum, hard_factor, a, b, target, rest_weight, student_target, teacher_target,
             KIND, FAST_LOG, HARD, HAS_STUDENT_CAP, HAS_TEACHER_CAP, True, COMPUTE,
         )  # fmt: skip

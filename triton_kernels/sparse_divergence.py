@@ -23,6 +23,7 @@ from .divergence import (
     REVERSE_KL,
     SKEW_FORWARD_KL,
     SKEW_REVERSE_KL,
+    SOFT_CROSS_ENTROPY,
     divergence_terms,
     zero_row,
 )
@@ -46,7 +47,7 @@ from .online_softmax import (
 # The numbering is shared with kdkernels/backends/sparse_rows.py and csrc/cpu/problem.h.
 BUCKET = tl.constexpr(0)
 RENORMALIZE = tl.constexpr(1)
-UNIFORM = tl.constexpr(2)  # the forward KL alone
+UNIFORM = tl.constexpr(2)  # the forward KL and the soft cross-entropy alone
 DROP = tl.constexpr(3)
 SAMPLED = tl.constexpr(4)
 
@@ -82,6 +83,10 @@ def outcome_terms(log_p, log_q, a, b, KIND: tl.constexpr, FAST_LOG: tl.constexpr
         q = tl.exp2(log_q)
         h_s = (1 - a) * q * (1 - d) - a * p
         value = (a * p - (1 - a) * q) * d
+    elif KIND == SOFT_CROSS_ENTROPY:
+        p = tl.exp2(log_p)
+        h_s = -p
+        value = -p * log_q * LN_2
     else:
         h_s, h_t, value = divergence_terms(log_p, log_q, a, b, KIND, FAST_LOG)
         if KIND == SKEW_REVERSE_KL:
@@ -157,6 +162,7 @@ def sparse_divergence_forward_kernel(
     labels,
     active,
     student_temperatures,
+    parameters,
     student_temperature: tl.float64,
     student_softcap: tl.float64,
     a: tl.float64,
@@ -190,7 +196,7 @@ def sparse_divergence_forward_kernel(
     temperature = row_scalar(student_temperature, student_temperatures, row, COMPUTE)
     scale = LOG2_E / temperature
     cap = tl.full((), student_softcap, COMPUTE)
-    a = tl.full((), a, COMPUTE)
+    a = row_scalar(a, parameters, row, COMPUTE)
     b = tl.full((), b, COMPUTE)
     student_row = row_pointer(student, row, student_stride, WIDTH)
     first = row.to(tl.int64) * entries
@@ -309,7 +315,10 @@ def sparse_divergence_forward_kernel(
             mean = tl.sum(gaps + count * (lane_max - rest_max), axis=0) / outside
             mean_log_q = (mean + (rest_max - row_max)) * scale - row_log_sum
             r = tl.exp2(log_tail)
-            value = r * LN_2 * (log_tail - tl.log2(outside) - mean_log_q)
+            if KIND == SOFT_CROSS_ENTROPY:
+                value = -r * LN_2 * mean_log_q
+            else:
+                value = r * LN_2 * (log_tail - tl.log2(outside) - mean_log_q)
             row_value += tl.where(has_rest, value, 0.0)
             row_h -= tl.where(has_rest, r, 0.0)
             even = tl.where(has_rest, r / outside, 0.0)

@@ -34,7 +34,8 @@ void divergence(int threads, bool compute_double, int64_t rows, int64_t vocab, A
                 Address grad_cross_entropies, Address grad_student, int64_t grad_student_stride, Address grad_teacher,
                 int64_t grad_teacher_stride, Address total, bool fresh_gradients, Address student_counts,
                 Address student_summaries, Address teacher_counts, Address teacher_summaries, double tolerance,
-                bool stochastic, uint64_t seed, int64_t first_row) {
+                bool stochastic, uint64_t seed, int64_t first_row, Address parameters, Address targets,
+                double target_weight, Address target_weights, double rest_weight, Address rest_weights) {
   RowProblem problem =
       sides(threads, compute_double, rows, vocab, matrix(student, student_stride, student_dtype),
             matrix(teacher, teacher_stride, teacher_dtype), per_row(student_temperature, student_temperatures),
@@ -42,6 +43,10 @@ void divergence(int threads, bool compute_double, int64_t rows, int64_t vocab, A
   problem.kind = kind;
   problem.a = a;
   problem.b = b;
+  problem.parameters = reinterpret_cast<const void*>(parameters);
+  problem.targets = reinterpret_cast<const int64_t*>(targets);
+  problem.target_weight = per_row(target_weight, target_weights);
+  problem.rest_weight = per_row(rest_weight, rest_weights);
   problem.divergence = reinterpret_cast<void*>(divergence);
   problem.cross_entropy = reinterpret_cast<void*>(cross_entropy);
   problem.grad_divergence = per_row(grad_divergence, grad_divergences);

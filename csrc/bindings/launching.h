@@ -26,12 +26,13 @@ EntryLists entry_lists(Address counts, Address summaries) {
   return {reinterpret_cast<int32_t*>(counts), reinterpret_cast<double*>(summaries)};
 }
 
-void check_labels(const RowProblem& problem) {
-  if (!problem.labels) return;
+// `lowest`: the smallest of the labels that are allowed.
+void check_labels(const RowProblem& problem, const int64_t* labels, int64_t lowest) {
+  if (!labels) return;
   for (int64_t row = 0; row < problem.rows; ++row) {
     if (problem.active && !problem.active[row]) continue;
-    const int64_t label = problem.labels[row];
-    if (label < 0 || label >= problem.vocab)
+    const int64_t label = labels[row];
+    if (label < lowest || label >= problem.vocab)
       throw py::value_error("labels: token " + std::to_string(row) + " has label " + std::to_string(label) +
                             ", outside the vocabulary [0, " + std::to_string(problem.vocab) + ")");
   }
@@ -58,7 +59,8 @@ void run(Kernel kernel, Problem& problem) {
 
 template <class Kernel, class Problem>
 void launch(Kernel kernel, Problem& problem) {
-  check_labels(problem);
+  check_labels(problem, problem.labels, 0);
+  check_labels(problem, problem.targets, -1);
   run(kernel, problem);
 }
 

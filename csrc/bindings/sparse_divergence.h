@@ -18,7 +18,7 @@ int64_t sparse_divergence(int threads, bool compute_double, int64_t rows, int64_
                           Address cross_entropy, Address grad_divergence, Address grad_cross_entropy,
                           Address grad_student, int64_t grad_student_stride, Address student_counts,
                           Address student_summaries, double tolerance, bool stochastic, uint64_t seed,
-                          int64_t first_row) {
+                          int64_t first_row, Address parameters) {
   SparseProblem problem;
   static_cast<RowProblem&>(problem) =
       sides(threads, compute_double, rows, vocab, matrix(student, student_stride, student_dtype), Matrix(),
@@ -27,6 +27,7 @@ int64_t sparse_divergence(int threads, bool compute_double, int64_t rows, int64_
   problem.kind = kind;
   problem.a = a;
   problem.b = b;
+  problem.parameters = reinterpret_cast<const void*>(parameters);
   problem.policy = static_cast<Policy>(policy);
   problem.entries = entries;
   problem.ids = reinterpret_cast<const void*>(ids);

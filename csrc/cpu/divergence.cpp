@@ -47,6 +47,7 @@ class Row {
   using Traits = math::Traits<kind>;
   static constexpr bool renyi = kind == Kind::renyi;
   static constexpr bool forward_sum = kind == Kind::forward_kl || kind == Kind::jeffreys;
+  static constexpr bool student_sum = kind == Kind::soft_cross_entropy;
   static constexpr bool reverse_sum = kind == Kind::reverse_kl || kind == Kind::jeffreys;
 
  public:
@@ -56,8 +57,10 @@ class Row {
         row_(row),
         student_(problem.student, row, problem.student_softcap, per_row<Real>(problem.student_temperature, row)),
         teacher_(problem.teacher, row, problem.teacher_softcap, per_row<Real>(problem.teacher_temperature, row)),
-        a_(static_cast<Real>(problem.a)),
+        parameter_(parameter_of<Real>(problem, row)),
+        a_(static_cast<Real>(parameter_)),
         b_(static_cast<Real>(problem.b)),
+        target_(problem.targets ? problem.targets[row] : -1),
         label_temperature_differs_(problem.labels && student_.inverse_temperature != 1) {}
 
   void run() {
@@ -82,17 +85,26 @@ class Row {
       sum_student_terms_ = reverse;
       sum_teacher_terms_ = -1;
     } else if constexpr (kind == Kind::jeffreys) {
-      const double a = problem_.a;
+      const double a = parameter_;
       value = a * forward + (1 - a) * reverse;
       sum_student_terms_ = -a + (1 - a) * reverse;
       sum_teacher_terms_ = a * forward - (1 - a);
+    } else if constexpr (kind == Kind::soft_cross_entropy) {
+      value = forward_ / teacher_.sum + log_sum_student_;
+      sum_student_terms_ = -1;
+      sum_teacher_terms_ = value;
     } else if constexpr (renyi) {
       log_affinity();
-      value = log_affinity_ / (problem_.a - 1);
+      value = log_affinity_ / (parameter_ - 1);
     } else {
       mixture_terms(gradient);
-      value = math::value_from_sums<kind, double>(sum_student_terms_, sum_teacher_terms_, sum_value_, problem_.a,
+      value = math::value_from_sums<kind, double>(sum_student_terms_, sum_teacher_terms_, sum_value_, parameter_,
                                                   problem_.b);
+    }
+    if (problem_.targets) {
+      rest_weight_ = static_cast<double>(per_row<Real>(problem_.rest_weight, row_));
+      value *= rest_weight_;
+      if (target_ >= 0) value += target_outcome();
     }
     if (problem_.divergence) static_cast<Real*>(problem_.divergence)[row_] = static_cast<Real>(value);
     const double hard = problem_.labels ? cross_entropy() : 0;
@@ -113,6 +125,15 @@ class Row {
     Real sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < n; ++i) sum += exp_x[i] * (temper_x(x[i]) - temper_y(y[i]));
+    return sum;
+  }
+
+  // sum exp_x (-y) over a block, y tempered and in log 2.
+  static double negated_sum(const Real* exp_x, const Stream<Real>& of_y, const Real* y, int64_t n) {
+    const Tempering<Real> temper_y = of_y.tempering;
+    Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) sum -= exp_x[i] * temper_y(y[i]);
     return sum;
   }
 
@@ -139,8 +160,8 @@ class Row {
     for_blocks(problem_.vocab, [&](int64_t start, int64_t n) {
       const Real old_max = student_.max;
       Range<Real> student_range, teacher_range;
-      const Real* s = student_.load(start, n, student_buffer, student_range);
-      const Real* t = teacher_.load(start, n, teacher_buffer, teacher_range);
+      const Real* s = load_rest(student_, start, n, student_buffer, student_range);
+      const Real* t = load_rest(teacher_, start, n, teacher_buffer, teacher_range);
       const double old_student_sum = student_.sum, old_teacher_sum = teacher_.sum;
       const double student_shift = student_.raise(student_range);
       const double teacher_shift = teacher_.raise(teacher_range);
@@ -152,6 +173,11 @@ class Row {
         if (student_shift != 0 || teacher_shift != 0)
           forward_ = (forward_ + old_teacher_sum * (teacher_shift - student_shift)) * std::exp2(teacher_shift);
         forward_ += cross_sum(exp_t, teacher_, t, student_, s, n);
+      }
+      if constexpr (student_sum) {
+        if (student_shift != 0 || teacher_shift != 0)
+          forward_ = (forward_ - old_teacher_sum * student_shift) * std::exp2(teacher_shift);
+        forward_ += negated_sum(exp_t, student_, s, n);
       }
       if constexpr (reverse_sum) {
         if (student_shift != 0 || teacher_shift != 0)
@@ -173,10 +199,46 @@ class Row {
     reverse_ *= Stream<Real>::log_2;
   }
 
-  double cross_entropy() const {
-    const double label_logit = student_.logit(problem_.labels[row_]);
-    return std::log(label_sum_) -
-           Tempering<Real>::at_temperature_one(student_.max).of(label_logit) * Stream<Real>::log_2;
+  // A block of logits without the target, if it has one.
+  const Real* load_rest(const Stream<Real>& stream, int64_t start, int64_t n, Real* buffer, Range<Real>& range) const {
+    const Real* block = stream.load(start, n, buffer, range);
+    const int64_t place = target_ - start;
+    if (place < 0 || place >= n) return block;
+    if (block != buffer) std::memcpy(buffer, block, static_cast<size_t>(n) * sizeof(Real));
+    buffer[place] = stream.hole();
+    range.max = range_of(buffer, n).max;
+    return buffer;
+  }
+
+  // The divergence of the two outcomes, target or not, times its weight; leaves its derivatives. x and y are the log-odds
+  // of the target, from sums without it, so that nothing cancels where it has nearly all of the mass.
+  double target_outcome() {
+    const auto softplus = [](double z) { return (z > 0 ? z : 0) + std::log1p(std::exp(-std::abs(z))); };
+    const auto logistic = [](double z) { return z < 0 ? std::exp(z) / (1 + std::exp(z)) : 1 / (1 + std::exp(-z)); };
+    const double x = teacher_.log_probability(teacher_.logit(target_));
+    const double y = student_.log_probability(student_.logit(target_));
+    const double p = logistic(x), not_p = logistic(-x);
+    const double weight = static_cast<double>(per_row<Real>(problem_.target_weight, row_));
+    target_student_ = weight * (x > 0 ? not_p - logistic(-y) : logistic(y) - p);
+    target_teacher_ = weight * p * not_p * (x - y);
+    return weight * (p * (softplus(-y) - softplus(-x)) + not_p * (softplus(y) - softplus(x)));
+  }
+
+  // A logit of the student at temperature 1, relative to what label_sum_ is relative to.
+  double untempered(int64_t column) const {
+    return Tempering<Real>::at_temperature_one(student_.max).of(student_.logit(column)) * Stream<Real>::log_2;
+  }
+
+  double cross_entropy() {
+    double log_sum = std::log(label_sum_);
+    if (target_ >= 0) {
+      const double target = untempered(target_), high = std::max(log_sum, target);
+      const double total = high + std::log1p(std::exp(std::min(log_sum, target) - high));
+      label_rest_ = std::exp(log_sum - total);
+      label_target_ = std::exp(target - total);
+      log_sum = total;
+    }
+    return log_sum - untempered(problem_.labels[row_]);
   }
 
   // What turns the exponentials kept for a block into probabilities.
@@ -188,6 +250,8 @@ class Row {
   void load_log_probabilities(int64_t start, int64_t n, Real* student_logs, Real* teacher_logs) const {
     student_.log_probabilities(student_.load(start, n, student_logs), n, student_logs);
     teacher_.log_probabilities(teacher_.load(start, n, teacher_logs), n, teacher_logs);
+    const int64_t place = target_ - start;
+    if (place >= 0 && place < n) student_logs[place] = teacher_logs[place] = static_cast<Real>(-1e30);
   }
 
   // Sweep 2 of the additive forms.
@@ -285,7 +349,11 @@ class Row {
   // The last sweep: writes the gradients.
   void gradients() const {
     const bool to_student = problem_.grad_student.data, to_teacher = problem_.grad_teacher.data;
-    const Real upstream = per_row<Real>(problem_.grad_divergence, row_);
+    const double whole_upstream = static_cast<double>(per_row<Real>(problem_.grad_divergence, row_));
+    const double upstream = whole_upstream * rest_weight_;
+    // Of the target's own term: what its logit gets, and the others lose in proportion to their probability.
+    const double student_target = whole_upstream * student_.inverse_temperature * target_student_;
+    const double teacher_target = whole_upstream * teacher_.inverse_temperature * target_teacher_;
     const Real label_upstream = problem_.labels ? per_row<Real>(problem_.grad_cross_entropy, row_) : Real(0);
     const GradientRow<Real> student_row(problem_.grad_student, problem_.student_entries, scratch_.student_gradient,
                                         problem_, row_);
@@ -319,24 +387,34 @@ class Row {
       alignas(64) Real student_buffer[block_size], teacher_buffer[block_size];
       Real* student_out = direct_student ? student_row.at(start) : student_buffer;
       Real* teacher_out = direct_teacher ? teacher_row.at(start) : teacher_buffer;
+      const int64_t target = target_ - start;
+      const bool has_target = target >= 0 && target < n;
       if (to_teacher) {
-        teacher_gradient(start, n, static_cast<Real>(upstream * teacher_.inverse_temperature), student_scale,
-                         teacher_scale, student_logs, teacher_logs, teacher_out);
+        teacher_gradient(start, n, static_cast<Real>(upstream * teacher_.inverse_temperature),
+                         static_cast<Real>(-teacher_target), student_scale, teacher_scale, student_logs, teacher_logs,
+                         teacher_out);
+        if (has_target) teacher_out[target] = static_cast<Real>(teacher_target);
         through_clamp_and_softcap(teacher_, n, t, teacher_out);
       }
       if (to_student) {
-        const Real own = label_softmax_apart ? Real(0) : label_upstream;
-        student_gradient(start, n, static_cast<Real>(upstream * student_.inverse_temperature), own, student_scale,
-                         teacher_scale, student_logs, teacher_logs, student_out);
+        const Real own = label_softmax_apart ? Real(0) : static_cast<Real>(label_upstream * label_rest_);
+        student_gradient(start, n, static_cast<Real>(upstream * student_.inverse_temperature),
+                         own - static_cast<Real>(student_target), student_scale, teacher_scale, student_logs,
+                         teacher_logs, student_out);
         if (label_softmax_apart) {
-          const Real scale = static_cast<Real>(label_upstream / label_sum_);
+          const Real scale = static_cast<Real>(label_upstream * label_rest_ / label_sum_);
           exp2_block(s, n, Tempering<Real>::at_temperature_one(student_.max), student_logs);  // whose logs have served
 #pragma omp simd
           for (int64_t i = 0; i < n; ++i) student_out[i] += scale * student_logs[i];
         }
+        if (has_target) student_out[target] = static_cast<Real>(student_target + label_upstream * label_target_);
         if (label_upstream != Real(0)) {
           const int64_t label = problem_.labels[row_] - start;
-          if (label >= 0 && label < n) student_out[label] -= label_upstream;
+          if (has_target && label == target) {
+            student_out[label] = static_cast<Real>(student_target - label_upstream * label_rest_);
+          } else if (label >= 0 && label < n) {
+            student_out[label] -= label_upstream;
+          }
         }
         through_clamp_and_softcap(student_, n, s, student_out);
       }
@@ -366,7 +444,7 @@ class Row {
         const Real own_kept = own * student_scale;
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) out[i] = scale * terms[i] + own_kept * kept[i];
-      } else if constexpr (kind == Kind::forward_kl) {
+      } else if constexpr (kind == Kind::forward_kl || kind == Kind::soft_cross_entropy) {
         const Real* teacher_kept = scratch_.teacher + start;
         const Real own_kept = own * student_scale, other_kept = -scale * teacher_scale;
 #pragma omp simd
@@ -385,17 +463,21 @@ class Row {
     }
   }
 
-  // scale * (h_t - p H_t)
-  KD_INLINE void teacher_gradient(int64_t start, int64_t n, Real scale, Real student_scale, Real teacher_scale,
-                                  const Real* student_logs, const Real* teacher_logs, Real* __restrict out) const {
+  // scale * (h_t - p H_t) + extra * p
+  KD_INLINE void teacher_gradient(int64_t start, int64_t n, Real scale, Real extra, Real student_scale,
+                                  Real teacher_scale, const Real* student_logs, const Real* teacher_logs,
+                                  Real* __restrict out) const {
     const Real* kept = scratch_.teacher + start;
     if constexpr (renyi) {
       const Real* r = student_logs;  // see gradients()
       const Real factor = scale * a_ / (a_ - Real(1));
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) out[i] = factor * (r[i] - kept[i] * teacher_scale);
+      for (int64_t i = 0; i < n; ++i) {
+        const Real p = kept[i] * teacher_scale;
+        out[i] = factor * (r[i] - p) + extra * p;
+      }
     } else {
-      const Real own = -scale * static_cast<Real>(sum_teacher_terms_);
+      const Real own = extra - scale * static_cast<Real>(sum_teacher_terms_);
       if constexpr (Traits::two_sweeps) {
         const Real* terms = scratch_.teacher_terms + start;
         const Real own_kept = own * teacher_scale;
@@ -419,14 +501,32 @@ class Row {
   const Scratch<Real>& scratch_;
   int64_t row_;
   Stream<Real> student_, teacher_;
+  double parameter_;
   Real a_, b_;
+  int64_t target_;                                  // the column that stands apart, or -1
+  double rest_weight_ = 1;                          // of the divergence of the others
+  double target_student_ = 0, target_teacher_ = 0;  // derivatives of the target's own term
+  double label_rest_ = 1, label_target_ = 0;  // shares of the others and of the target in the hard label's softmax
   bool label_temperature_differs_;
-  double forward_ = 0, reverse_ = 0;  // sum exp(t) (t - s), sum exp(s) (s - t), relative to the maxima
-  double label_sum_ = 0;              // sum exp(s - max) at temperature 1
+  // sum exp(t) (t - s), of a soft cross-entropy sum exp(t) (-s), and sum exp(s) (s - t), relative to the maxima
+  double forward_ = 0, reverse_ = 0;
+  double label_sum_ = 0;  // sum exp(s - max) at temperature 1, without the target
   double log_sum_student_ = 0, log_sum_teacher_ = 0;
   double sum_student_terms_ = 0, sum_teacher_terms_ = 0, sum_value_ = 0;
   double log_affinity_ = 0;
 };
+
+template <class Real, Kind kind>
+void run_row(const RowProblem& problem, const Scratch<Real>& scratch, int64_t row) {
+  constexpr Kind without_skew = kind_of_row(kind, 0);
+  if constexpr (without_skew != kind) {
+    if (parameter_of<Real>(problem, row) == 0) {
+      Row<Real, without_skew>(problem, scratch, row).run();
+      return;
+    }
+  }
+  Row<Real, kind>(problem, scratch, row).run();
+}
 
 template <class Real, Kind kind>
 bool run(const RowProblem& problem) {
@@ -450,7 +550,7 @@ bool run(const RowProblem& problem) {
       if (problem.active && !problem.active[row]) {
         clear_row(problem, row);
       } else {
-        Row<Real, kind>(problem, scratch, row).run();
+        run_row<Real, kind>(problem, scratch, row);
       }
     }
     stream_fence();
@@ -471,6 +571,7 @@ bool run_kind(const RowProblem& problem) {
     case Kind::alpha: return run<Real, Kind::alpha>(problem);
     case Kind::renyi: return run<Real, Kind::renyi>(problem);
     case Kind::alpha_beta: return run<Real, Kind::alpha_beta>(problem);
+    case Kind::soft_cross_entropy: return run<Real, Kind::soft_cross_entropy>(problem);
   }
   return false;
 }

@@ -63,6 +63,10 @@ struct RowProblem {
   int kind = 0;
   double a = 0;
   double b = 0;
+  const void* parameters = nullptr;  // [rows], in the place of a; null: a is that of every row
+  const int64_t* targets = nullptr;  // [rows], the column that stands apart, -1: none; null: none in any row
+  PerRow target_weight;
+  PerRow rest_weight;
 
   void* divergence = nullptr;     // [rows]
   void* cross_entropy = nullptr;  // [rows] if labels

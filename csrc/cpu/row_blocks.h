@@ -189,6 +189,12 @@ inline Real per_row(const PerRow& number, int64_t row) {
   return number.values ? static_cast<const Real*>(number.values)[row] : static_cast<Real>(number.value);
 }
 
+// The parameter a of the divergence in a row.
+template <class Real>
+inline double parameter_of(const RowProblem& problem, int64_t row) {
+  return problem.parameters ? static_cast<double>(static_cast<const Real*>(problem.parameters)[row]) : problem.a;
+}
+
 template <class Real>
 struct Range {
   Real min, max;
@@ -347,6 +353,9 @@ struct Stream {
     Range<Real> range;
     return load(column, n, buffer, range);
   }
+
+  // What stands where a logit is left out: so far below the floor that nothing of it remains, whatever the maximum.
+  Real hole() const { return static_cast<Real>(2 * logit_floor - 1100 / static_cast<double>(tempering.scale)); }
 
   double logit(int64_t column) const {
     Real buffer = 0;

@@ -72,6 +72,7 @@ class SparseRow {
       : problem_(problem),
         scratch_(scratch),
         row_(row),
+        parameter_(parameter_of<Real>(problem, row)),
         student_(problem.student, row, problem.student_softcap, per_row<Real>(problem.student_temperature, row)),
         label_temperature_differs_(problem.labels && student_.inverse_temperature != 1) {}
 
@@ -186,8 +187,7 @@ class SparseRow {
   template <bool keep>
   void exponentials() {
     alignas(64) Real buffer[block_size], cached[block_size];
-    // Stands where a named logit was: so far below the floor that nothing of it remains, whatever the maximum.
-    const Real hole = static_cast<Real>(2 * logit_floor - 1100 / static_cast<double>(student_.tempering.scale));
+    const Real hole = student_.hole();  // where a named logit was
     int64_t next = 0;
     for_blocks(problem_.vocab, [&](int64_t start, int64_t n) {
       Range<Real> range;
@@ -264,7 +264,7 @@ class SparseRow {
       return problem_.constants.data ? value - constant() : value;
     }
     if (!count_ && (is(Policy::renormalize) || is(Policy::drop))) return 0;  // says nothing
-    switch (static_cast<Kind>(problem_.kind)) {
+    switch (kind_of_row(static_cast<Kind>(problem_.kind), parameter_)) {
       case Kind::forward_kl: value = sum_of_outcomes<Kind::forward_kl>(); break;
       case Kind::reverse_kl: value = sum_of_outcomes<Kind::reverse_kl>(); break;
       case Kind::jeffreys: value = sum_of_outcomes<Kind::jeffreys>(); break;
@@ -275,6 +275,7 @@ class SparseRow {
       case Kind::alpha: value = sum_of_outcomes<Kind::alpha>(); break;
       case Kind::renyi: value = renyi(); break;
       case Kind::alpha_beta: value = sum_of_outcomes<Kind::alpha_beta>(); break;
+      case Kind::soft_cross_entropy: value = sum_of_outcomes<Kind::soft_cross_entropy>(); break;
     }
     return value;
   }
@@ -284,21 +285,22 @@ class SparseRow {
     double* values = scratch_.values;
     double value = 0;
     for (int64_t i = 0; i < count_; ++i) {
-      const auto here = math::outcome<kind>(values[i], scratch_.log_q[i], problem_.a, problem_.b);
+      const auto here = math::outcome<kind>(values[i], scratch_.log_q[i], parameter_, problem_.b);
       value += here.value;
       values[i] = here.student;
       sum_terms_ += here.student;
     }
     if (!outside_ || is(Policy::drop)) return value;
-    if (is(Policy::uniform)) {  // forward KL: the tail's entries share a probability
+    if (is(Policy::uniform)) {  // forward KL or soft cross-entropy: the tail's entries share a probability
       const double r = math::exp(log_tail_), count = static_cast<double>(outside_);
       const double mean_logit = sum_outside_ / count;
       const double mean_log_q = (whole_.of(mean_logit) - log2_total_) * log_2;
       even_share_ = r / count;
       sum_terms_ -= r;
+      if constexpr (kind == Kind::soft_cross_entropy) return value - r * mean_log_q;
       return value + r * (log_tail_ - std::log(count) - mean_log_q);
     }
-    const auto rest = math::outcome<kind>(log_tail_, log_q_rest_, problem_.a, problem_.b);
+    const auto rest = math::outcome<kind>(log_tail_, log_q_rest_, parameter_, problem_.b);
     rest_term_ = rest.student;
     sum_terms_ += rest.student;
     return value + rest.value;
@@ -306,7 +308,7 @@ class SparseRow {
 
   double renyi() {
     double* values = scratch_.values;
-    const double a = problem_.a;
+    const double a = parameter_;
     const bool rest = outside_ && !is(Policy::drop);
     const double rest_exponent = rest ? a * log_tail_ + (1 - a) * log_q_rest_ : nothing;
     double max = rest_exponent;
@@ -372,6 +374,7 @@ class SparseRow {
   const SparseProblem& problem_;
   const Scratch<Real>& scratch_;
   int64_t row_;
+  double parameter_;      // a of the divergence
   Stream<Real> student_;  // of what the teacher does not name
   bool label_temperature_differs_;
   int64_t count_ = 0, outside_ = 0;  // ids named and not

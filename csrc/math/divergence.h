@@ -23,22 +23,34 @@ enum class Kind : int {
   alpha = 7,       // a: alpha, b: factor in front
   renyi = 8,       // a: order
   alpha_beta = 9,  // a, b: both exponents
+  soft_cross_entropy = 10,
 };
-constexpr int kind_count = 10;
+
+// Which formula a row follows whose parameter is its own: without skew the mixture is the other distribution, and the
+// plain KL is exact also where that underflows.
+constexpr Kind kind_of_row(Kind kind, double a) {
+  return a != 0                          ? kind
+         : kind == Kind::skew_forward_kl ? Kind::forward_kl
+         : kind == Kind::skew_reverse_kl ? Kind::reverse_kl
+                                         : kind;
+}
 
 namespace KD_ISA::math {
 
 // Which of its inputs a form reads, so that the others are never loaded or computed.
 template <Kind kind>
 struct Traits {
-  // The value needs a second sweep, after both normalisers are known.
-  static constexpr bool two_sweeps = static_cast<int>(kind) >= static_cast<int>(Kind::jsd);
+  // The value follows from sums that survive a change of the running maximum. Else it needs a second sweep, after both
+  // normalisers are known.
+  static constexpr bool one_sweep = kind == Kind::forward_kl || kind == Kind::reverse_kl || kind == Kind::jeffreys ||
+                                    kind == Kind::soft_cross_entropy;
+  static constexpr bool two_sweeps = !one_sweep;
   // h reads log p and log q rather than p and q alone.
-  static constexpr bool logs_for_terms = static_cast<int>(kind) >= static_cast<int>(Kind::alpha);
+  static constexpr bool logs_for_terms = kind == Kind::alpha || kind == Kind::renyi || kind == Kind::alpha_beta;
   static constexpr bool logs_for_student_gradient =
       logs_for_terms || kind == Kind::reverse_kl || kind == Kind::jeffreys;
   static constexpr bool logs_for_teacher_gradient =
-      logs_for_terms || kind == Kind::forward_kl || kind == Kind::jeffreys;
+      logs_for_terms || kind == Kind::forward_kl || kind == Kind::jeffreys || kind == Kind::soft_cross_entropy;
 };
 
 template <class Real>
@@ -65,6 +77,8 @@ KD_INLINE Terms<Real> terms(Real p, Real q, [[maybe_unused]] Real log_p, [[maybe
   } else if constexpr (kind == Kind::jeffreys) {
     const Real d = log_p - log_q;
     return {-a * p - (one - a) * q * d, a * p * d - (one - a) * q, Real(0)};
+  } else if constexpr (kind == Kind::soft_cross_entropy) {
+    return {-p, -p * log_q, Real(0)};
   } else if constexpr (kind == Kind::jsd) {
     const Real inverse_m = one / positive(a * p + (one - a) * q);
     return {(one - a) * q * log(positive(q * inverse_m)), a * p * log(positive(p * inverse_m)), Real(0)};
@@ -121,6 +135,8 @@ KD_INLINE Outcome<Real> outcome(Real log_p, Real log_q, [[maybe_unused]] Real a,
     return {q * (one - d), -q * d};
   } else if constexpr (kind == Kind::jeffreys) {
     return {(one - a) * q * (one - d) - a * p, (a * p - (one - a) * q) * d};
+  } else if constexpr (kind == Kind::soft_cross_entropy) {
+    return {-p, -p * log_q};
   } else if constexpr (kind == Kind::alpha || kind == Kind::alpha_beta) {
     const Real cross = exp(cross_exponent<kind>(log_p, log_q, a, b));
     if constexpr (kind == Kind::alpha) {

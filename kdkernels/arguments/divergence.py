@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 from kdkernels.arguments import sparse_teacher
 from kdkernels.arguments.rows import CPU, REAL_DTYPES, Problem, active_rows, pair, per_token, side, temperature
 from kdkernels.backends.rows import RowSpec
+from kdkernels.backends.sparse_rows import Policy
 from kdkernels.checks import check_choice, check_flag, check_real
 from kdkernels.debugging import values_are_checked
-from kdkernels.divergences import Divergence, Form
+from kdkernels.divergences import Decoupled, Divergence, Form, Kind
 from kdkernels.sources import (
     PackedLogits,
     SampledLogits,
@@ -33,7 +35,7 @@ class Total(NamedTuple):
 
     reduction: str
     divergence_scale: float | Tensor
-    cross_entropy_scale: float
+    cross_entropy_scale: float | Tensor
     weight: Tensor | None
     normalizer: float | Tensor | None
 
@@ -56,8 +58,62 @@ def sparse_pair(
     if teacher_temperature is not None:
         teachers = temperature("teacher_temperature", teacher_temperature, shape, device, dtype)
     relative = sparse_teacher.relative_temperature(teacher, *teachers, of_student=teacher_temperature is None)
+    if divergence.form.kind == Kind.SOFT_CROSS_ENTROPY and rows.policy == Policy.SAMPLED:
+        rows = rows._replace(constants=None)  # the entropy, which is what the forward KL takes off
     spec = RowSpec(*divergence.form, *number, *relative, student_side.softcap)
     return Problem(student_side, None, shape, vocab, dtype, spec, rows)
+
+
+def unit_interval(name: str, value: Tensor, problem: Problem) -> Tensor:
+    """A parameter per token as ``[N]`` of the compute type."""
+    rows = per_problem(name, value, problem)
+    if values_are_checked(rows):
+        allowed = (rows >= 0) & (rows <= 1)
+        if not bool(allowed.all()):
+            raise ValueError(f"{name} must be between 0 and 1 for every token, got {rows[~allowed][0].item()}")
+    return rows
+
+
+def per_problem(name: str, value: Tensor, problem: Problem) -> Tensor:
+    """Real numbers per token as ``[N]`` of the compute type."""
+    rows = per_token(name, "real", value, REAL_DTYPES, problem.batch_shape, problem.student.tensor.device)
+    return rows.to(problem.dtype).contiguous()
+
+
+def with_parameters(problem: Problem, divergence: Divergence) -> Problem:
+    """Adds a parameter that is a tensor."""
+    if isinstance(divergence, Decoupled):
+        return with_parameters(problem, divergence.divergence)
+    parameters = divergence.parameters
+    if parameters is None:
+        return problem
+    name = f"{type(divergence).__name__}: {dataclasses.fields(divergence)[0].name}"  # type: ignore[arg-type]
+    return problem._replace(spec=problem.spec._replace(parameters=unit_interval(name, parameters, problem)))
+
+
+def with_targets(problem: Problem, divergence: Decoupled) -> Problem:
+    """Adds the column that stands apart, which the labels name, and the weights of both parts."""
+    spec = problem.spec
+    assert spec.labels is not None
+    if problem.vocab == 1:  # nothing stands beside the target: both parts are 0, and so is the divergence of the whole
+        return problem
+    targets = spec.labels if spec.active is None else spec.labels.masked_fill(~spec.active, -1)
+    target_weight, target_weights = number_or_rows("Decoupled: target_weight", divergence.target_weight, problem)
+    rest_weight, rest_weights = number_or_rows("Decoupled: rest_weight", divergence.rest_weight, problem)
+    return problem._replace(
+        spec=spec._replace(
+            targets=targets,
+            target_weight=target_weight,
+            target_weights=target_weights,
+            rest_weight=rest_weight,
+            rest_weights=rest_weights,
+        )
+    )
+
+
+def number_or_rows(name: str, value: float | Tensor, problem: Problem) -> tuple[float, Tensor | None]:
+    """A number for all rows, or one per row."""
+    return (1.0, per_problem(name, value, problem)) if isinstance(value, Tensor) else (value, None)
 
 
 def check_normalizer(normalizer: object, device: torch.device) -> None:
@@ -85,7 +141,7 @@ def prepare_loss(
     mask: Tensor | None,
     labels: Tensor | None,
     ignore_index: int,
-    ce_weight: float,
+    ce_weight: float | Tensor,
     reduction: str,
     normalizer: float | Tensor | None,
     temperature_squared: bool,
@@ -99,13 +155,18 @@ def prepare_loss(
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if teacher is None:
         raise TypeError("teacher must be a tensor of logits, kd.Logits, kd.LMHead or a sparse teacher, got None")
-    ce_weight = check_real("ce_weight", ce_weight)
-    if ce_weight != 0 and labels is None:
+    if not isinstance(ce_weight, Tensor):
+        ce_weight = check_real("ce_weight", ce_weight)
+    hard = isinstance(ce_weight, Tensor) or ce_weight != 0
+    if hard and labels is None:
         raise ValueError(f"ce_weight={ce_weight} asks for a hard-label term, which needs labels")
+    if labels is None and isinstance(divergence, Decoupled):
+        raise ValueError("divergence Decoupled sets the labels' entries apart, and needs labels")
     if isinstance(teacher, TopKLogits | SampledLogits | PackedLogits):
         problem = sparse_pair(student, teacher, divergence, vocab_size, temperature, teacher_temperature)
     else:
         problem = pair(student, teacher, divergence.form, vocab_size, temperature, teacher_temperature)
+    problem = with_parameters(problem, divergence)
     if normalizer is not None:
         if reduction != "mean":
             raise ValueError(
@@ -114,7 +175,9 @@ def prepare_loss(
         check_normalizer(normalizer, problem.student.tensor.device)
     if mask is not None or labels is not None:
         problem = active_rows(problem, mask, labels, ignore_index)
-        if ce_weight == 0:
+        if isinstance(divergence, Decoupled):
+            problem = with_targets(problem, divergence)
+        if not hard:
             problem = problem._replace(spec=problem.spec._replace(labels=None))
     spec = problem.spec
     if problem.sparse is not None:
@@ -124,6 +187,10 @@ def prepare_loss(
         weight = per_token("weight", "real", weight, REAL_DTYPES, problem.batch_shape, device).to(problem.dtype)
         if spec.active is not None:
             weight = weight.masked_fill(~spec.active, 0.0)
+    if isinstance(ce_weight, Tensor):
+        ce_weight = per_problem("ce_weight", ce_weight, problem)
+        if spec.active is not None:
+            ce_weight = ce_weight.masked_fill(~spec.active, 0.0)
     scale: float | Tensor = 1.0
     if check_flag("temperature_squared", temperature_squared):
         rows = spec.student_temperatures

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdkernels.backends.sparse_rows import Policy, Records, SparseRows
 from kdkernels.debugging import values_are_checked
-from kdkernels.divergences import Divergence, Kind
+from kdkernels.divergences import Decoupled, Divergence, Kind
 from kdkernels.records import BITS
 from kdkernels.sources import PackedLogits, SampledLogits, SparseTeacher, TopKLogits
 
@@ -24,13 +24,20 @@ def policy_of(teacher: SparseTeacher) -> Policy:
 
 def check_divergence(divergence: Divergence, policy: Policy) -> None:
     """Refuses divergences that the policy leaves undefined or infinite."""
-    kind, a, _ = divergence.form
-    if policy == Policy.SAMPLED and kind != Kind.FORWARD_KL:
+    if isinstance(divergence, Decoupled):
+        raise ValueError(  # noqa: TRY004 - with another teacher it is right
+            f"divergence must not be Decoupled for a sparse teacher, whose rows need not say what the label has; "
+            f"got {divergence!r}"
+        )
+    (kind, a, _), parameters = divergence.form, divergence.parameters
+    if policy == Policy.SAMPLED and kind not in (Kind.FORWARD_KL, Kind.SOFT_CROSS_ENTROPY):
         raise ValueError(
-            f"divergence must be ForwardKL() for SampledLogits, got {divergence!r}: samples are unbiased only for what is "
-            f"linear in the teacher's probabilities"
+            f"divergence must be ForwardKL() or SoftCrossEntropy() for SampledLogits, got {divergence!r}: samples are "
+            f"unbiased only for what is linear in the teacher's probabilities"
         )
     infinite = kind == Kind.REVERSE_KL or (kind == Kind.JEFFREYS and a != 1) or (kind == Kind.ALPHA and a < 0)
+    if kind == Kind.SKEW_REVERSE_KL and parameters is not None:
+        infinite = values_are_checked(parameters) and bool((parameters == 0).any())
     if policy == Policy.RENORMALIZE and infinite:
         raise ValueError(
             f"divergence {divergence!r} is infinite with tail='renormalize', where the teacher has probability 0 and the "

@@ -58,6 +58,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "NOTHING",
     "STATISTICS",
     "Composition",
     "PairSpec",
@@ -68,6 +69,10 @@ __all__ = [
     "compute_dtype",
     "row_temperature",
 ]
+
+
+NOTHING = -1e30
+"""The logarithm of the probability of what is not there. Finite, for 0 * inf is no 0."""
 
 
 class Composition(NamedTuple):
@@ -113,7 +118,7 @@ class RowSpec(NamedTuple):
     ``parameters`` ``[N]`` stand in the place of ``a``. Where ``targets`` (int64 ``[N]``, -1: none) are given, that column is
     left out of both softmaxes, N(p) and N(q); the value is ``rest_weight D(N(p), N(q)) + target_weight B`` with B the
     divergence ``KL`` of the two outcomes (target or not) of p from those of q, and both weights ``[N]`` or a number. The
-    compositions say how a side's logits are made.
+    compositions say how a side's logits are made. There are no targets in a vocabulary of one entry.
     """
 
     kind: int

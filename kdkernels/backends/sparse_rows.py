@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels.backends.rows import RowSpec, row_temperature
+from kdkernels.backends.rows import NOTHING, RowSpec, row_temperature
 from kdkernels.divergences import Kind
 from kdkernels.records import record_offsets, record_sizes
 
@@ -21,9 +21,6 @@ __all__ = ["NOTHING", "Entries", "Policy", "Records", "SparseRows", "dense_rows"
 
 LOG_FLOOR = -1e5
 """Log-probabilities are clamped here from below, as logits are: probability 0, and every product stays finite."""
-
-NOTHING = -1e30
-"""The logarithm of the probability of what is not there. Finite, for 0 * inf is no 0."""
 
 
 class Policy(enum.IntEnum):
@@ -123,7 +120,7 @@ class Entries(NamedTuple):
 def needs_dense_rows(policy: int, kind: int) -> bool:
     """Whether a divergence needs the tail entry by entry, so that the teacher's rows have to be filled in."""
     if policy == Policy.UNIFORM:
-        return kind != Kind.FORWARD_KL
+        return kind not in (Kind.FORWARD_KL, Kind.SOFT_CROSS_ENTROPY)
     return policy == Policy.RENORMALIZE and kind == Kind.AB
 
 

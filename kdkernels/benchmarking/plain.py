@@ -54,6 +54,7 @@ def formula(divergence: Divergence) -> Formula:
         Kind.ALPHA: lambda log_p, log_q: b * (1 - (a * log_p + (1 - a) * log_q).exp().sum(-1)).mean(),
         Kind.RENYI: lambda log_p, log_q: (a * log_p + (1 - a) * log_q).logsumexp(-1).mean() / (a - 1),
         Kind.AB: ab,
+        Kind.SOFT_CROSS_ENTROPY: lambda log_p, log_q: -(log_p.exp() * log_q).sum(-1).mean(),
     }
     return formulas[kind]
 

@@ -30,7 +30,7 @@ def distillation_loss(
     mask: Tensor | None = None,
     labels: Tensor | None = None,
     ignore_index: int = -100,
-    ce_weight: float = 0.0,
+    ce_weight: float | Tensor = 0.0,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     temperature_squared: bool = False,
@@ -47,20 +47,21 @@ def distillation_loss(
     The loss of a token is ``D(p, q)`` (times ``temperature ** 2`` if asked for) plus ``ce_weight`` times the cross-entropy
     of its label at temperature 1, where ``p = softmax(teacher / teacher_temperature)`` and
     ``q = softmax(student / temperature)``. Gradients flow to everything that requires grad: logits, hidden states, weights
-    and biases of either side, and ``weight``.
+    and biases of either side, ``weight`` and ``ce_weight``.
 
     Args:
         student, teacher: logits ``[..., V]`` (a tensor or ``kd.Logits``) or a ``kd.LMHead``, in any pairing; float32,
             bfloat16, float16 or float64. Sums run in float32 at least. The teacher may also be truncated or sampled, see
             below.
-        divergence: an instance such as ``kd.ForwardKL()`` or ``kd.JSD(0.5)``.
+        divergence: an instance such as ``kd.ForwardKL()`` or ``kd.JSD(0.5)``; its parameter may be a tensor per token where
+            it says so.
         temperature: positive number, or tensor ``[...]`` with one per token.
         teacher_temperature: the same for the teacher; None: that of the student. What is stored of a sparse teacher is
             brought from its own temperature to this one if its tail allows, else both must be equal.
         weight: weight per token ``[...]``.
         mask: bool ``[...]``, True where a token counts. What stands elsewhere has no influence, even NaN.
         labels: token ids ``[...]``; a label equal to ``ignore_index`` drops the token.
-        ce_weight: weight of the hard-label term; other than 0 it needs labels.
+        ce_weight: weight of the hard-label term, a number or a tensor ``[...]`` or 0-d; other than 0 it needs labels.
         reduction: "none" gives ``[...]``, "sum" the weighted sum, "mean" divides it by the sum of the weights of the
             tokens that count (0 if there are none).
         normalizer: divides the weighted sum instead of that, for instance the tokens of all accumulated batches.
@@ -91,8 +92,9 @@ def distillation_loss(
     - tail="drop": the terms of K alone, which may be negative. Renyi: the sum inside its logarithm is over K.
 
     A token without entries is all tail; under "renormalize" and "drop" it says nothing and its divergence is 0. With all
-    the vocabulary in K, every tail gives what dense logits give. Of ``kd.SampledLogits`` only ForwardKL can be computed:
-    ``-sum weights log q``, less the entropy if it is known (Sparse Logit Sampling, arXiv 2503.16870, equation 4).
+    the vocabulary in K, every tail gives what dense logits give. Of ``kd.SampledLogits`` only SoftCrossEntropy and
+    ForwardKL can be computed: ``-sum weights log q``, for ForwardKL less the entropy if it is known (Sparse Logit
+    Sampling, arXiv 2503.16870, equation 4).
 
     Returns:
         A 0-d tensor, or ``[...]`` without reduction: float32, or float64 if a side is float64 (of sparse teachers: the
@@ -174,6 +176,9 @@ def refuse_temperature_gradient(problem: arguments.Problem) -> None:
     for name, rows in (
         ("temperature", spec.student_temperatures),
         ("teacher_temperature", spec.teacher_temperatures),
+        ("the parameter of the divergence", spec.parameters),
+        ("target_weight of the divergence", spec.target_weights),
+        ("rest_weight of the divergence", spec.rest_weights),
     ):
         if rows is not None and rows.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError(

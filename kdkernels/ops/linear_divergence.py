@@ -295,7 +295,7 @@ def total(problem: Problem, scales: Scales, memory_budget: int | None, backend: 
         value = linear_divergence_total_op(
             *sides, divergence_scale, cross_entropy_scale, wanted, memory_budget, backend, *pack_spec(spec)
         )[0]
-    elif grad and (any(wanted) or divergence_scale.requires_grad):
+    elif grad and (any(wanted) or divergence_scale.requires_grad or all_scales.requires_grad):
         options = memory_budget, backend, spec, (sides[3], sides[7])
         value = FusedTotal.apply(options, divergence_scale, cross_entropy_scale, *tensors)  # type: ignore[no-untyped-call]
     else:

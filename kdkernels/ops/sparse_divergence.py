@@ -352,7 +352,7 @@ def total(problem: Problem, scales: Scales, memory_budget: int | None, backend: 
             backend,
             *pack_spec(spec),
         )[0]
-    elif grad and (any(wanted) or divergence_scale.requires_grad):
+    elif grad and (any(wanted) or divergence_scale.requires_grad or all_scales.requires_grad):
         options = teacher, memory_budget, backend, spec, student.scale, student.donate
         value = FusedTotal.apply(options, divergence_scale, cross_entropy_scale, *tensors)  # type: ignore[no-untyped-call]
     else:

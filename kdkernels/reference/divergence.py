@@ -29,7 +29,7 @@ def distillation_loss(
     mask: Tensor | None = None,
     labels: Tensor | None = None,
     ignore_index: int = -100,
-    ce_weight: float = 0.0,
+    ce_weight: float | Tensor = 0.0,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     temperature_squared: bool = False,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kdkernels.backends.rows import RowSpec, Side, compute_dtype, row_temperature
+from kdkernels.backends.rows import NOTHING, RowSpec, Side, compute_dtype, row_temperature
 from kdkernels.divergences import Kind
 
 __all__ = ["LOGIT_FLOOR", "LOG_SATURATION", "cross_entropy", "divergence", "side_logits", "tempered_log_softmax"]
@@ -36,8 +36,12 @@ def effective_logits(logits: Tensor, softcap: float, dtype: torch.dtype) -> Tens
     return logits.clamp(min=LOGIT_FLOOR)
 
 
+def tempered_logits(logits: Tensor, softcap: float, temperature: float | Tensor, dtype: torch.dtype) -> Tensor:
+    return effective_logits(logits, softcap, dtype) / temperature
+
+
 def tempered_log_softmax(logits: Tensor, softcap: float, temperature: float | Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.log_softmax(effective_logits(logits, softcap, dtype) / temperature, dim=-1)
+    return torch.log_softmax(tempered_logits(logits, softcap, temperature, dtype), dim=-1)
 
 
 def divergence(student: Tensor, teacher: Tensor, spec: RowSpec) -> Tensor:
@@ -45,14 +49,40 @@ def divergence(student: Tensor, teacher: Tensor, spec: RowSpec) -> Tensor:
     dtype = compute_dtype(student, teacher)
     if spec.active is not None:
         student, teacher = blank_inactive(student, spec.active), blank_inactive(teacher, spec.active)
-    log_q = tempered_log_softmax(
+    s = tempered_logits(
         student, spec.student_softcap, row_temperature(spec.student_temperature, spec.student_temperatures), dtype
     )
-    log_p = tempered_log_softmax(
+    t = tempered_logits(
         teacher, spec.teacher_softcap, row_temperature(spec.teacher_temperature, spec.teacher_temperatures), dtype
     )
-    value = formula(Kind(spec.kind), log_p, log_q, spec.a, spec.b)
+    if spec.targets is None:
+        value = formula(Kind(spec.kind), t.log_softmax(-1), s.log_softmax(-1), parameter(spec), spec.b)
+    else:
+        value = decoupled(t, s, spec.targets, spec)
     return value if spec.active is None else value.masked_fill(~spec.active, 0.0)
+
+
+def decoupled(teacher: Tensor, student: Tensor, targets: Tensor, spec: RowSpec) -> Tensor:
+    """Both parts of the divergence per row ``[N]``, each with its weight, the targets of tempered logits set apart."""
+    is_target = targets.unsqueeze(-1) == torch.arange(student.shape[-1], device=targets.device)
+    place = targets.clamp(min=0).unsqueeze(-1)
+    log_rest, log_odds = [], []
+    for logits in (teacher, student):
+        rest = logits.masked_fill(is_target, -math.inf)
+        log_rest.append(rest.log_softmax(-1).masked_fill(is_target, NOTHING))
+        log_odds.append((logits.gather(-1, place) - rest.logsumexp(-1, keepdim=True)).squeeze(-1))
+    value = formula(Kind(spec.kind), log_rest[0], log_rest[1], parameter(spec), spec.b)
+    x, y = log_odds
+    of_target = x.sigmoid() * (functional.logsigmoid(x) - functional.logsigmoid(y))
+    of_target = of_target + (-x).sigmoid() * (functional.logsigmoid(-x) - functional.logsigmoid(-y))
+    rest_weight = spec.rest_weight if spec.rest_weights is None else spec.rest_weights
+    target_weight = spec.target_weight if spec.target_weights is None else spec.target_weights
+    return rest_weight * value + target_weight * of_target.masked_fill(targets < 0, 0.0)
+
+
+def parameter(spec: RowSpec) -> float | Tensor:
+    """The parameter a of the divergence in a form that broadcasts against ``[N, V]``."""
+    return row_temperature(spec.a, spec.parameters)
 
 
 def blank_inactive(tensor: Tensor, active: Tensor) -> Tensor:
@@ -60,7 +90,16 @@ def blank_inactive(tensor: Tensor, active: Tensor) -> Tensor:
     return tensor.masked_fill(~active.unsqueeze(-1), 0.0)
 
 
-def formula(kind: Kind, log_p: Tensor, log_q: Tensor, a: float, b: float) -> Tensor:
+def log_mixture(share: float | Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
+    """``log(share a + (1 - share) b)``; of the shares in a tensor some may be 0 or 1."""
+    if not isinstance(share, Tensor):
+        return torch.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
+    inside = share.where((share > 0) & (share < 1), torch.full_like(share, 0.5))
+    mixture = torch.logaddexp(log_a + inside.log(), log_b + torch.log1p(-inside))
+    return torch.where(share == 0, log_b, torch.where(share == 1, log_a, mixture))
+
+
+def formula(kind: Kind, log_p: Tensor, log_q: Tensor, a: float | Tensor, b: float) -> Tensor:
     p, q = log_p.exp(), log_q.exp()
     if kind == Kind.FORWARD_KL:
         return (p * (log_p - log_q)).sum(-1)
@@ -69,14 +108,14 @@ def formula(kind: Kind, log_p: Tensor, log_q: Tensor, a: float, b: float) -> Ten
     if kind == Kind.JEFFREYS:
         return ((a * p - (1 - a) * q) * (log_p - log_q)).sum(-1)
     if kind == Kind.JSD:
-        log_m = torch.logaddexp(log_p + math.log(a), log_q + math.log1p(-a))
+        log_m = log_mixture(a, log_p, log_q)
         return (a * p * (log_p - log_m) + (1 - a) * q * (log_q - log_m)).sum(-1)
     if kind == Kind.SKEW_FORWARD_KL:
-        log_m = torch.logaddexp(log_p + math.log(a), log_q + math.log1p(-a))
-        return (p * (log_p - log_m)).sum(-1)
+        return (p * (log_p - log_mixture(a, log_p, log_q))).sum(-1)
     if kind == Kind.SKEW_REVERSE_KL:
-        log_m = torch.logaddexp(log_p + math.log1p(-a), log_q + math.log(a))
-        return (q * (log_q - log_m)).sum(-1)
+        return (q * (log_q - log_mixture(a, log_q, log_p))).sum(-1)
+    if kind == Kind.SOFT_CROSS_ENTROPY:
+        return -(p * log_q).sum(-1)
     if kind == Kind.TVD:
         return 0.5 * (p - q).abs().sum(-1)
     if kind == Kind.ALPHA:

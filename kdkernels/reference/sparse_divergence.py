@@ -9,7 +9,7 @@ from kdkernels.backends.rows import RowSpec, compute_dtype, row_temperature
 from kdkernels.backends.sparse_rows import NOTHING, Policy, SparseRows, dense_rows, entries, needs_dense_rows
 from kdkernels.divergences import Kind
 from kdkernels.reference.records import unpack_records
-from kdkernels.reference.rows import blank_inactive, formula, tempered_log_softmax
+from kdkernels.reference.rows import blank_inactive, formula, parameter, tempered_log_softmax
 
 __all__ = ["divergence"]
 
@@ -30,12 +30,12 @@ def divergence(student: Tensor, teacher: SparseRows, spec: RowSpec) -> Tensor:
         if teacher.constants is not None:
             value = value - teacher.constants.to(dtype)
     elif policy == Policy.UNIFORM or needs_dense_rows(policy, kind):
-        value = formula(kind, dense_rows(teacher, spec, vocab, dtype)[0], log_q, spec.a, spec.b)
+        value = formula(kind, dense_rows(teacher, spec, vocab, dtype)[0], log_q, parameter(spec), spec.b)
     else:
         log_q_named = log_q.gather(-1, found.ids.clamp(max=vocab - 1)).masked_fill(~named, NOTHING)
         log_p, log_q = found.values, torch.cat([log_q_named, tail(log_q, found.ids, policy)], -1)
         log_p = torch.cat([log_p, found.log_tail.unsqueeze(-1)], -1)
-        value = formula(kind, log_p, log_q, spec.a, spec.b)
+        value = formula(kind, log_p, log_q, parameter(spec), spec.b)
     if policy in (Policy.RENORMALIZE, Policy.DROP):  # then a row without entries says nothing
         value = value.masked_fill(~named.any(-1), 0.0)
     return value if spec.active is None else value.masked_fill(~spec.active, 0.0)

@@ -36,9 +36,14 @@ VARIANTS = {
         "cross_entropy",
         "grad_cross_entropy",
         "constants",
+        "parameters",
+        "targets",
+        "target_weights",
+        "rest_weights",
     },
-    "everything": set(),
+    "everything": {"parameters", "targets", "target_weights", "rest_weights"},
 }
+VARIANTS["decoupled"] = VARIANTS["plain"] - VARIANTS["everything"]
 VARIANTS["student_only"] = VARIANTS["plain"] | {"teacher", "grad_teacher"}
 
 
@@ -111,7 +116,15 @@ def compile_case(case: Case) -> Compiled:
         "TILE": tiling.unroll * tiling.lanes * tiling.width,
         "REST_TILE": tiling.lanes * tiling.width,
     }
-    types = {"labels": "*i64", "argmax": "*i64", "active": "*i1", "vocab_size": "i32", "ids": "*i32", "entries": "i32"}
+    types = {
+        "labels": "*i64",
+        "targets": "*i64",
+        "argmax": "*i64",
+        "active": "*i1",
+        "vocab_size": "i32",
+        "ids": "*i32",
+        "entries": "i32",
+    }
     signature, constexprs = {}, {}
     for parameter in kernel.params:
         name = parameter.name

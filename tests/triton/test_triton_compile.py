@@ -11,6 +11,7 @@ from aot import TARGETS, Case, Compiled
 
 FORWARD_KL, JSD, SKEW_FORWARD_KL = 0, 3, 4
 KINDS = range(10)
+SOFT_CROSS_ENTROPY = 10
 DIVERGENCE_KERNELS = ("divergence_forward", "divergence_backward")
 SPARSE_KERNELS = ("sparse_divergence_forward", "sparse_divergence_backward")
 POLICIES = range(5)
@@ -32,8 +33,10 @@ def routine() -> list[Case]:
         cases += [Case(kernel, "sm_100", "fp32", SKEW_FORWARD_KL, "everything", softcap=True)]
         cases += [Case(kernel, "sm_90", "fp32", JSD, "everything", aligned=False)]
         cases += [Case(kernel, "sm_80", "bf16", FORWARD_KL, "everything")]
+        cases += [Case(kernel, "sm_90", "fp32", SKEW_FORWARD_KL, "decoupled")]
     for target in TARGETS:
         cases += [Case(kernel, target, "bf16", JSD) for kernel in SPARSE_KERNELS]
+    cases += [Case("divergence_forward", "sm_90", "bf16", SOFT_CROSS_ENTROPY)]
     for kernel in SPARSE_KERNELS:
         cases += [Case(kernel, "sm_90", "fp32", FORWARD_KL, "everything", softcap=True)]
         cases += [Case(kernel, "sm_80", "fp64", SKEW_FORWARD_KL)]

@@ -95,6 +95,12 @@ def _launch(
         *lists_arguments(lists[0]),
         *lists_arguments(lists[1]),
         *rounding_arguments(spec),
+        address(spec.parameters),
+        address(spec.targets),
+        spec.target_weight,
+        address(spec.target_weights),
+        spec.rest_weight,
+        address(spec.rest_weights),
     )
 
 

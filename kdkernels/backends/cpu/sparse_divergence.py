@@ -56,6 +56,7 @@ def sparse_divergence_fused(
         *((0, 0) if grad_student is None else (grad_student.data_ptr(), grad_student.stride(0))),
         *lists_arguments(lists),
         *rounding_arguments(spec),
+        address(spec.parameters),
     )
     if wrong < rows:
         records.refuse_record(wrong)

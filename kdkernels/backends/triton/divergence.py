@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,20 @@ from kdkernels.backends.triton.launching import load_kernels, on_device_of, prep
 
 __all__ = ["SAVED_STATISTICS", "divergence_backward", "divergence_forward", "divergence_fused"]
 
-SAVED_STATISTICS = 7
+SAVED_STATISTICS = 9
 """Columns of the statistics that the forward hands to the backward."""
+
+
+def form_arguments(spec: RowSpec) -> dict[str, Any]:
+    """The arguments that say what is computed, but for what only the forward needs."""
+    return {
+        "a": spec.a,
+        "b": spec.b,
+        "parameters": spec.parameters,
+        "targets": spec.targets,
+        "rest_weight": spec.rest_weight,
+        "rest_weights": spec.rest_weights,
+    }
 
 
 def divergence_forward(student: Tensor, teacher: Tensor, spec: RowSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,8 +49,9 @@ def divergence_forward(student: Tensor, teacher: Tensor, spec: RowSpec) -> tuple
                 statistics,
                 spec.labels,
                 **row_arguments(spec),
-                a=spec.a,
-                b=spec.b,
+                **form_arguments(spec),
+                target_weight=spec.target_weight,
+                target_weights=spec.target_weights,
                 KIND=spec.kind,
                 FAST_LOG=launch.fast_log,
                 COMPUTE=launch.compute,
@@ -80,8 +95,7 @@ def divergence_backward(
             grad_cross_entropy.contiguous() if hard and grad_cross_entropy is not None else None,
             spec.labels if hard else None,
             **row_arguments(spec),
-            a=spec.a,
-            b=spec.b,
+            **form_arguments(spec),
             KIND=spec.kind,
             FAST_LOG=launch.fast_log,
             COMPUTE=launch.compute,

@@ -64,6 +64,7 @@ def sparse_divergence_fused(
             terms,
             **student_arguments,
             a=spec.a,
+            parameters=spec.parameters,
             b=spec.b,
             KIND=spec.kind,
             POLICY=teacher.policy,
