@@ -20,6 +20,7 @@ def mass_threshold(
     source: Source,
     mass: float | Tensor,
     *,
+    crossing: bool = False,
     temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
     memory_budget: int | None = None,
@@ -35,6 +36,8 @@ def mass_threshold(
         source: logits ``[..., V]`` (a tensor or ``kd.Logits``) or a ``kd.LMHead``, whose logits are made a chunk of tokens
             at a time; float32, bfloat16, float16 or float64.
         mass: number in [0, 1], or tensor ``[...]`` with one per token. At 1 every id is in the head.
+        crossing: whether the ids that cross the mass are of the head, too: those that are less probable than ids of less than
+            ``mass`` together.
         temperature: positive number, or tensor ``[...]`` with one per token.
         vocab_size: use only the first so many entries of the vocabulary, for padded heads.
         memory_budget: bytes for the temporary logits of an LMHead; None: 128 MiB on the CPU, 1 GiB on a GPU.
@@ -49,7 +52,9 @@ def mass_threshold(
         RuntimeError: the backend asked for is not available here.
     """
     arguments.check_memory_budget(memory_budget)
-    problem = arguments.prepare_mass_threshold(source, mass, temperature_of=temperature, vocab_size=vocab_size)
+    problem = arguments.prepare_mass_threshold(
+        source, mass, crossing=crossing, temperature_of=temperature, vocab_size=vocab_size
+    )
     return rows(problem, memory_budget, backend)[0].reshape(problem.batch_shape)
 
 
@@ -58,6 +63,7 @@ def head_tail_gap(
     teacher: Source,
     mass: float | Tensor = 0.5,
     *,
+    crossing: bool = False,
     temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
     mask: Tensor | None = None,
@@ -73,7 +79,7 @@ def head_tail_gap(
 
     Args:
         student, teacher: logits ``[..., V]`` (a tensor or ``kd.Logits``) or a ``kd.LMHead``, in any pairing.
-        mass: of the head, a number in [0, 1] or a tensor ``[...]``.
+        mass, crossing: of the head, see ``kd.mass_threshold``.
         mask: bool ``[...]``, True where a token counts; elsewhere both gaps are 0.
         temperature, teacher_temperature, vocab_size, memory_budget, backend: as in ``distillation_loss``.
 
@@ -88,6 +94,7 @@ def head_tail_gap(
         student,
         teacher,
         mass,
+        crossing=crossing,
         temperature=temperature,
         teacher_temperature=teacher_temperature,
         mask=mask,

@@ -109,7 +109,8 @@ class MultiAspectKD(nn.Module):
                 f"student and aspects must have the shapes [B, {self.classes} + Q] and [B, Q], got "
                 f"{tuple(student.shape)} and {tuple(aspects.shape)}"
             )
-        hard = nn.functional.cross_entropy(student[:, : self.classes].float(), labels.long())
+        logits = student[:, : self.classes]
+        hard = nn.functional.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.long())
         soft = bernoulli_loss(
             student[:, self.classes :],
             aspects.detach(),
@@ -160,7 +161,7 @@ class CED(nn.Module):
         """
         check_floating("scores", scores)
         _, _, classes = side("student", student, None)
-        least = scores.float().amin(-1)
+        least = scores.to(torch.promote_types(scores.dtype, torch.float32)).amin(-1)
         fill: float | Tensor
         if isinstance(self.fill, float):
             fill = self.fill

@@ -16,10 +16,17 @@ __all__ = ["head_mass_rows", "head_tail_gap", "mass_threshold"]
 
 
 def mass_threshold(
-    source: Source, mass: float | Tensor, *, temperature: float | Tensor = 1.0, vocab_size: int | None = None
+    source: Source,
+    mass: float | Tensor,
+    *,
+    crossing: bool = False,
+    temperature: float | Tensor = 1.0,
+    vocab_size: int | None = None,
 ) -> Tensor:
     """See ``kdkernels.mass_threshold``: same arguments, computed by sorting whole ``[N, V]`` tensors."""
-    problem = arguments.prepare_mass_threshold(source, mass, temperature_of=temperature, vocab_size=vocab_size)
+    problem = arguments.prepare_mass_threshold(
+        source, mass, crossing=crossing, temperature_of=temperature, vocab_size=vocab_size
+    )
     return head_mass_rows(problem)[0].reshape(problem.batch_shape)
 
 
@@ -28,6 +35,7 @@ def head_tail_gap(
     teacher: Source,
     mass: float | Tensor = 0.5,
     *,
+    crossing: bool = False,
     temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
     mask: Tensor | None = None,
@@ -38,6 +46,7 @@ def head_tail_gap(
         student,
         teacher,
         mass,
+        crossing=crossing,
         temperature=temperature,
         teacher_temperature=teacher_temperature,
         mask=mask,
@@ -60,7 +69,9 @@ def head_mass_rows(problem: HeadProblem) -> tuple[Tensor, Tensor]:
     with autocast_disabled(teacher.tensor.device.type):
         tau = row_temperature(spec.teacher_temperature, spec.teacher_temperatures)
         logits, p = probabilities(teacher, spec.teacher_softcap, tau)
-        thresholds = threshold_by_sorting(logits, p, spec.a if spec.parameters is None else spec.parameters)
+        thresholds = threshold_by_sorting(
+            logits, p, spec.a if spec.parameters is None else spec.parameters, spec.b != 0
+        )
         gaps = thresholds.new_empty(0, 2)
         if student is not None:
             tau = row_temperature(spec.student_temperature, spec.student_temperatures)
@@ -74,7 +85,7 @@ def head_mass_rows(problem: HeadProblem) -> tuple[Tensor, Tensor]:
     return thresholds, gaps
 
 
-def threshold_by_sorting(logits: Tensor, probabilities: Tensor, mass: float | Tensor) -> Tensor:
+def threshold_by_sorting(logits: Tensor, probabilities: Tensor, mass: float | Tensor, crossing: bool) -> Tensor:
     """The lowest logit ``[N]`` of the head of logits ``[N, V]``."""
     falling, order = logits.sort(-1, descending=True)
     mass_until = probabilities.gather(-1, order).double().cumsum(-1)
@@ -85,4 +96,9 @@ def threshold_by_sorting(logits: Tensor, probabilities: Tensor, mass: float | Te
     inside = last & ((mass_until <= target) | (target >= 1))
     inside |= falling == falling[..., :1]
     found = falling.masked_fill(~inside, torch.inf).amin(-1)
+    if crossing:
+        head = logits >= found.unsqueeze(-1)
+        held = probabilities.double().masked_fill(~head, 0).sum(-1, keepdim=True)
+        following = logits.masked_fill(head, -torch.inf).amax(-1)
+        found = torch.where((held < target).squeeze(-1) & (following > -torch.inf), following, found)
     return torch.where(probabilities.sum(-1).isfinite(), found, torch.nan)
