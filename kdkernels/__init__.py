@@ -24,7 +24,10 @@ from kdkernels.divergences import (
 )
 from kdkernels.functional import (
     angle_loss,
+    bernoulli_loss,
     distillation_loss,
+    head_tail_gap,
+    mass_threshold,
     pack,
     pairwise_cosine,
     pairwise_l1,
@@ -43,6 +46,7 @@ from kdkernels.functional import (
 )
 from kdkernels.sources import LMHead, LogitMixture, Logits, PackedLogits, SampledLogits, TopKLogits
 from kdkernels.statistics import TokenStatistics
+from kdkernels.targets import SparseTargets
 from kdkernels.transport import SinkhornResult
 
 try:
@@ -73,15 +77,19 @@ __all__ = [
     "SkewForwardKL",
     "SkewReverseKL",
     "SoftCrossEntropy",
+    "SparseTargets",
     "TokenStatistics",
     "TopKLogits",
     "alignment",
     "angle_loss",
     "backends",
+    "bernoulli_loss",
     "catalogue",
     "debug",
     "distillation_loss",
+    "head_tail_gap",
     "losses",
+    "mass_threshold",
     "on_policy",
     "pack",
     "pairwise_cosine",

@@ -18,9 +18,13 @@ from torch.utils._pytree import tree_map_only
 import kdkernels as kd
 
 OPERATORS = {
+    "bernoulli",
+    "bernoulli_backward",
+    "bernoulli_total",
     "divergence",
     "divergence_backward",
     "divergence_total",
+    "head_mass",
     "leading_ids",
     "linear_divergence",
     "linear_divergence_backward",
@@ -206,6 +210,9 @@ def test_every_operator_is_reached_by_the_public_functions() -> None:
     calls += recorded(lambda: kd.plackett_luce(half, torch.zeros(2, 5), top_k=2).sum().backward())
     calls += recorded(lambda: kd.token_ranks(rows, torch.tensor([1, 3])))
     cost = torch.zeros(1, 2, 2, requires_grad=True)
+    for reduction in ("sum", "none"):
+        calls += recorded(lambda how=reduction: kd.bernoulli_loss(rows, rows.detach(), reduction=how).sum().backward())
+    calls += recorded(lambda: kd.mass_threshold(rows, 0.5))
     calls += recorded(lambda: kd.sinkhorn(cost, epsilon=1.0).distance.sum().backward())
     assert {operator._opname for operator, _ in calls} == OPERATORS
     assert {name.partition("::")[2] for name in registered_operators()} == OPERATORS

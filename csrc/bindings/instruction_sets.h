@@ -15,6 +15,8 @@ namespace {
 struct Kernels {
   const char* name;
   bool (*divergence)(const RowProblem&);
+  bool (*bernoulli)(const RowProblem&);
+  bool (*head_mass)(const HeadMassProblem&);
   bool (*token_statistics)(const RowProblem&);
   bool (*sparse_divergence)(SparseProblem&);
   void (*collect_entries)(const EntryChunk&, int32_t*, float*);
@@ -35,12 +37,12 @@ struct Kernels {
   bool (*relation)(const RelationProblem&);
 };
 
-#define KD_KERNELS(isa)                                                                                              \
-  Kernels {                                                                                                          \
-    #isa, isa::divergence, isa::token_statistics, isa::sparse_divergence, isa::collect_entries, isa::expand_entries, \
-        isa::sparse_products, isa::pack_records, isa::unpack_records, isa::topk, isa::sample,                        \
-        isa::pairwise_normalisers, isa::pairwise_l1, isa::sorted_l1, isa::plackett_luce, isa::token_ranks,           \
-        isa::sinkhorn, isa::sinkhorn_gradient, isa::angle, isa::relation                                             \
+#define KD_KERNELS(isa)                                                                                          \
+  Kernels {                                                                                                      \
+    #isa, isa::divergence, isa::bernoulli, isa::head_mass, isa::token_statistics, isa::sparse_divergence,        \
+        isa::collect_entries, isa::expand_entries, isa::sparse_products, isa::pack_records, isa::unpack_records, \
+        isa::topk, isa::sample, isa::pairwise_normalisers, isa::pairwise_l1, isa::sorted_l1, isa::plackett_luce, \
+        isa::token_ranks, isa::sinkhorn, isa::sinkhorn_gradient, isa::angle, isa::relation                       \
   }
 
 bool processor_has(const std::string& isa) {

@@ -9,8 +9,10 @@
 #include <memory>
 
 #include "bindings/angle.h"
+#include "bindings/bernoulli.h"
 #include "bindings/divergence.h"
 #include "bindings/gradient_entries.h"
+#include "bindings/head_mass.h"
 #include "bindings/pairwise_l1.h"
 #include "bindings/ranking.h"
 #include "bindings/records.h"
@@ -56,6 +58,8 @@ void populate(void* data, int64_t bytes) {
 PYBIND11_MODULE(_native, module) {
   module.doc() = "CPU kernels of kdkernels. Addresses and sizes are trusted: call through kdkernels.backends.cpu.";
   kd::bind_divergence(module);
+  kd::bind_bernoulli(module);
+  kd::bind_head_mass(module);
   kd::bind_sparse_divergence(module);
   kd::bind_gradient_entries(module);
   kd::bind_records(module);

@@ -40,7 +40,8 @@ void plackett_luce(int threads, bool compute_double, int64_t rows, int64_t vocab
   problem.grad_values = per_row(1, grad_values);
   problem.grad_student = matrix(grad_student, grad_student_stride, student_dtype);
   check_ids("order", problem.order, rows, ranks, vocab);
-  launch(chosen().plackett_luce, problem);
+  check_labels(problem, problem.labels, 0);
+  run(chosen().plackett_luce, problem);
 }
 
 void token_ranks(int threads, bool compute_double, int64_t rows, int64_t vocab, Address source, int64_t stride,

@@ -48,7 +48,7 @@ void relation(int threads, int64_t problems, int64_t rows, int64_t columns, cons
   values.cross_entropy = reinterpret_cast<void*>(cross_entropy);
   values.grad_divergence = per_row(0, grad_divergence);
   values.grad_cross_entropy = per_row(0, grad_cross_entropy);
-  check_labels(values);
+  check_labels(values, values.labels, 0);
   without_lock([&] { return chosen().relation(problem); });
 }
 

@@ -389,6 +389,15 @@ struct AngleProblem {
   double* sums = nullptr;      // [points, points]: the same for i and j, sums over k; of the corners alone
 };
 
+// Rows of the `head_mass` family: the teacher's most probable entries, and how far the student is from it on them. The
+// divergence's fields are not used.
+struct HeadMassProblem : RowProblem {
+  PerRow mass;
+  bool crossing = false;       // whether the entry that crosses the mass is of the head
+  void* thresholds = nullptr;  // [rows]
+  void* gaps = nullptr;        // [rows, 2], of the head and of the tail; null: no student
+};
+
 // A buffer of this thread, at least `bytes` long and aligned to 64; it is kept between calls.
 // Null if there is no memory.
 void* thread_scratch(int64_t bytes);
@@ -401,6 +410,8 @@ void populate(void* data, int64_t bytes);
 #define KD_DECLARE_CPU_KERNELS(isa)                                               \
   namespace isa {                                                                 \
   bool divergence(const RowProblem& problem);                                     \
+  bool bernoulli(const RowProblem& problem);                                      \
+  bool head_mass(const HeadMassProblem& problem);                                 \
   bool token_statistics(const RowProblem& problem);                               \
   bool sparse_divergence(SparseProblem& problem);                                 \
   void collect_entries(const EntryChunk& chunk, int32_t* columns, float* values); \

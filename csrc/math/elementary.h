@@ -1,7 +1,7 @@
 // exp2 and log as short polynomials that a compiler can vectorise.
 //
 // The coefficients are minimax fits (Remez exchange) on the reduced ranges; the largest relative
-// errors of the polynomials alone are 2e-9 (exp2, float), 4e-8 (log, float), 1e-16 (double).
+// errors of the polynomials alone are 2e-9 (exp2, float), 4e-8 (log, float), 4e-9 (log_of_ratio, float), 1e-16 (double).
 #pragma once
 
 #include "math/platform.h"
@@ -100,6 +100,34 @@ KD_INLINE double log(double x) {
   poly = poly * z + 0.33333333333333333735;
   const double value = n * 0.69314718055994530942 + 2.0 * (s + s * z * poly);
   return x != x ? x : value;
+}
+
+// log((1 + s) / (1 - s)) = 2 atanh(s) for |s| <= 1/3. With s = u / (2 + u) it is log(1 + u) for -1/2 <= u <= 1, with all
+// digits however small u is.
+KD_INLINE float log_of_ratio(float s) {
+  const float z = s * s;
+  float poly = 0.281577783632f;
+  poly = poly * z + 0.279651576508f;
+  poly = poly * z + 0.400245952308f;
+  poly = poly * z + 0.666663216414f;
+  poly = poly * z + 2.00000000768f;
+  return poly * s;
+}
+
+KD_INLINE double log_of_ratio(double s) {
+  const double z = s * s;
+  double poly = 0.17044163562781398129;
+  poly = poly * z + 0.083245065118608205757;
+  poly = poly * z + 0.12110168728069217655;
+  poly = poly * z + 0.13300374032674624337;
+  poly = poly * z + 0.15386614042304007762;
+  poly = poly * z + 0.1818174083250480451;
+  poly = poly * z + 0.22222224080747673173;
+  poly = poly * z + 0.28571428545454114534;
+  poly = poly * z + 0.40000000000185747468;
+  poly = poly * z + 0.66666666666666149594;
+  poly = poly * z + 2.0000000000000000024;
+  return poly * s;
 }
 
 // tanh(x) for every x, accurate to a few ulp of the result: the quotient of exponentials cancels

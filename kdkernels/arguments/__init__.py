@@ -4,8 +4,10 @@ Every refusal happens here, before a kernel runs, and names the argument, what w
 """
 
 from kdkernels.arguments.angle import check_points
+from kdkernels.arguments.bernoulli import prepare_bernoulli
 from kdkernels.arguments.compositions import with_normalisers
 from kdkernels.arguments.divergence import Total, prepare_loss, prepare_statistics, with_tolerance
+from kdkernels.arguments.head_mass import HeadProblem, prepare_head_tail_gap, prepare_mass_threshold
 from kdkernels.arguments.pairwise_hidden import hidden_pairs
 from kdkernels.arguments.pairwise_l1 import Pairs, prepare_pairs
 from kdkernels.arguments.ranking import Counting, Ranking, prepare_plackett_luce, prepare_token_ranks
@@ -19,6 +21,7 @@ from kdkernels.arguments.topk import Picking, prepare_sample, prepare_topk
 
 __all__ = [
     "Counting",
+    "HeadProblem",
     "Pairs",
     "Picking",
     "Problem",
@@ -31,7 +34,10 @@ __all__ = [
     "check_points",
     "hidden_pairs",
     "pack_rows",
+    "prepare_bernoulli",
+    "prepare_head_tail_gap",
     "prepare_loss",
+    "prepare_mass_threshold",
     "prepare_pairs",
     "prepare_plackett_luce",
     "prepare_relation",

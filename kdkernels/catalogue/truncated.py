@@ -90,4 +90,18 @@ loss = kd.losses.LexicalPrior(100000, temperature=2.0)(student, prior, labels, s
         notes="The prior comes from word alignments of the raw data; kd.SampledLogits serve in kd.distillation_loss if it is "
         "sampled instead of cut.",
     ),
+    Entry(
+        key="ced_topk_bce",
+        title="CED: consistent ensemble distillation for audio tagging",
+        source="Dinkel et al., ICASSP 2024",
+        chapter="B",
+        kind="loss",
+        confidence="code",
+        formula="mean BCE(sigmoid(s), b), b = stored top-k scores, min(top-k) / (C - k) elsewhere",
+        use="""\
+scores, ids = torch.sigmoid(teacher).topk(20)  # as stored
+loss = kd.losses.CED()(student, ids, scores)""",
+        cost="one sweep for value and gradient; targets are made dense a chunk of rows at a time",
+        notes="The code takes the cross-entropy of sigmoid outputs; this one takes logits, which do not saturate.",
+    ),
 )

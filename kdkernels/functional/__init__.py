@@ -1,7 +1,9 @@
 """The public functions, one module per kernel family."""
 
 from kdkernels.functional.angle import angle_loss
+from kdkernels.functional.bernoulli import bernoulli_loss
 from kdkernels.functional.divergence import distillation_loss
+from kdkernels.functional.head_mass import head_tail_gap, mass_threshold
 from kdkernels.functional.pairwise_hidden import pairwise_cosine, pairwise_sqeuclidean
 from kdkernels.functional.pairwise_l1 import pairwise_l1
 from kdkernels.functional.ranking import plackett_luce, token_ranks
@@ -15,7 +17,10 @@ from kdkernels.functional.topk import sample_logits, topk_logits
 
 __all__ = [
     "angle_loss",
+    "bernoulli_loss",
     "distillation_loss",
+    "head_tail_gap",
+    "mass_threshold",
     "pack",
     "pairwise_cosine",
     "pairwise_l1",

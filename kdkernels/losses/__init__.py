@@ -6,6 +6,7 @@ is ``SinKD``, and ``describe(key)`` has the lines that use a key, also of what i
 """
 
 from kdkernels.losses.attention import CATKD, E2KD, BiStil, QATAttention, grad_cam
+from kdkernels.losses.building_blocks import AKL, CTKD, DIST, LogitStd, MixKDStd
 from kdkernels.losses.contrastive import Leader, LinguGKD, MIAlpha
 from kdkernels.losses.cross_tokenizer import ALM, GOLD, ALMLatents
 from kdkernels.losses.decoupled import ATKD, DKD, NKD, OFAKD, TTM, USKD, WTTM
@@ -34,17 +35,23 @@ from kdkernels.losses.ranking import CPRD, PLD, CADETListwise, DiSCoRetrieval, M
 from kdkernels.losses.recipes import MedusaHeads
 from kdkernels.losses.registry import describe, get, names
 from kdkernels.losses.relations import RKD, TRG, AutoDistil, DisWOT, MiniLM, resplit_heads
+from kdkernels.losses.sigmoid import CED, DHKD, MultiAspectKD
 from kdkernels.losses.truncated import FIRST, LexicalPrior, PretrainingDistillation, TopKUniform, TransitionDistillation
 
 __all__ = [
     "ACM",
+    "AKL",
     "ALM",
     "ATKD",
     "BDKD",
     "CATKD",
+    "CED",
     "CPRD",
     "CTCD",
+    "CTKD",
     "DACKL",
+    "DHKD",
+    "DIST",
     "DKD",
     "DMAE",
     "E2KD",
@@ -84,11 +91,14 @@ __all__ = [
     "Leader",
     "LexicalPrior",
     "LinguGKD",
+    "LogitStd",
     "MIAlpha",
     "MarginMSE",
     "MedusaHeads",
     "MiniLLM",
     "MiniLM",
+    "MixKDStd",
+    "MultiAspectKD",
     "PretrainingDistillation",
     "PromptKD",
     "QATAttention",

@@ -1,7 +1,9 @@
 """Pure PyTorch versions of the public functions, under the same names and arguments. They say what is right."""
 
 from kdkernels.reference.angle import angle_loss
+from kdkernels.reference.bernoulli import bernoulli_loss
 from kdkernels.reference.divergence import distillation_loss
+from kdkernels.reference.head_mass import head_tail_gap, mass_threshold
 from kdkernels.reference.pairwise_hidden import pairwise_cosine, pairwise_sqeuclidean
 from kdkernels.reference.pairwise_l1 import pairwise_l1
 from kdkernels.reference.ranking import plackett_luce, token_ranks
@@ -15,7 +17,10 @@ from kdkernels.reference.topk import sample_logits, topk_logits
 
 __all__ = [
     "angle_loss",
+    "bernoulli_loss",
     "distillation_loss",
+    "head_tail_gap",
+    "mass_threshold",
     "pack",
     "pairwise_cosine",
     "pairwise_l1",

@@ -1,6 +1,7 @@
 """The native CPU backend: hands addresses of torch tensors to the C++ kernels (families in ``csrc/cpu``)."""
 
 from kdkernels.backends.cpu.angle import angle
+from kdkernels.backends.cpu.bernoulli import bernoulli
 from kdkernels.backends.cpu.divergence import (
     SAVED_STATISTICS,
     divergence_backward,
@@ -9,6 +10,7 @@ from kdkernels.backends.cpu.divergence import (
     divergence_total,
 )
 from kdkernels.backends.cpu.gradient_entries import collect_entries, expand_entries, sparse_products
+from kdkernels.backends.cpu.head_mass import head_mass
 from kdkernels.backends.cpu.launching import status, supports
 from kdkernels.backends.cpu.pairwise_l1 import pairwise_l1_backward, pairwise_l1_forward, pairwise_normalisers
 from kdkernels.backends.cpu.ranking import plackett_luce, token_ranks
@@ -24,12 +26,14 @@ __all__ = [
     "SAVED_STATISTICS",
     "SINKHORN_POTENTIALS",
     "angle",
+    "bernoulli",
     "collect_entries",
     "divergence_backward",
     "divergence_forward",
     "divergence_fused",
     "divergence_total",
     "expand_entries",
+    "head_mass",
     "pack_records",
     "pairwise_l1_backward",
     "pairwise_l1_forward",

@@ -4,12 +4,14 @@ With ``TRITON_INTERPRET=1`` set before triton is imported, they run in Triton's 
 """
 
 from kdkernels.backends.triton.angle import angle
+from kdkernels.backends.triton.bernoulli import bernoulli
 from kdkernels.backends.triton.divergence import (
     SAVED_STATISTICS,
     divergence_backward,
     divergence_forward,
     divergence_fused,
 )
+from kdkernels.backends.triton.head_mass import head_mass
 from kdkernels.backends.triton.launching import status, supports
 from kdkernels.backends.triton.pairwise_l1 import pairwise_l1_backward, pairwise_l1_forward, pairwise_normalisers
 from kdkernels.backends.triton.ranking import plackett_luce, token_ranks
@@ -24,9 +26,11 @@ __all__ = [
     "SAVED_STATISTICS",
     "SINKHORN_POTENTIALS",
     "angle",
+    "bernoulli",
     "divergence_backward",
     "divergence_forward",
     "divergence_fused",
+    "head_mass",
     "pairwise_l1_backward",
     "pairwise_l1_forward",
     "pairwise_normalisers",

@@ -31,7 +31,9 @@ class Kernels(NamedTuple):
 
     language: ModuleType
     jit_function: type
+    bernoulli: ModuleType
     divergence: ModuleType
+    head_mass: ModuleType
     pairwise_l1: ModuleType
     ranking: ModuleType
     records: ModuleType
@@ -49,7 +51,9 @@ def load_kernels() -> Kernels:
     import triton.language
 
     from kdkernels.triton_kernels import (
+        bernoulli,
         divergence,
+        head_mass,
         online_softmax,
         pairwise_l1,
         ranking,
@@ -65,7 +69,9 @@ def load_kernels() -> Kernels:
     return Kernels(
         triton.language,
         triton.JITFunction,
+        bernoulli,
         divergence,
+        head_mass,
         pairwise_l1,
         ranking,
         records,
