@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from kdkernels.arguments.rows import side
 from kdkernels.checks import (
@@ -54,7 +53,7 @@ def with_tail(teacher: TopKLogits | PackedLogits, tail: str) -> TopKLogits:
 
 
 def log_probs_at(source: Source, ids: Tensor, *, backend: str | None = None) -> Tensor:
-    """``[..., K]``, differentiable once: the log-probabilities of the ids, of which -1 gives -inf.
+    """``[..., K]``, differentiable: the log-probabilities of the ids, of which -1 gives -inf.
 
     One fused sweep for the normaliser and K logits per token: of an ``LMHead`` they are products with K rows of its weight,
     for which ``[..., K, H]`` numbers are made.
@@ -98,17 +97,20 @@ class LogProbsAt(torch.autograd.Function):
             # The same storage: a graph of its own, of the normaliser alone.
             ctx.leaf = logits.detach().requires_grad_(logits.requires_grad)
             ctx.log_prob = token_log_probs(ctx.leaf, labels, ignore_index=-1, backend=backend)
-        ctx.save_for_backward(ids)
+        ctx.save_for_backward(logits, ids)
         log_prob: Tensor = ctx.log_prob.detach().unsqueeze(-1)
         return (named - named.gather(-1, known) + log_prob).masked_fill(ids < 0, -math.inf)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (ids,) = ctx.saved_tensors
+        logits, ids = ctx.saved_tensors
         known, labels = any_entry(ids)
         grad = grad.masked_fill(ids < 0, 0)
         total = grad.sum(-1)
+        if torch.is_grad_enabled():  # a second derivative is wanted: in plain PyTorch
+            probs = effective_logits(logits, 0.0, grad.dtype).softmax(-1)
+            dense = (-total.unsqueeze(-1) * probs).scatter_add(-1, ids.clamp(min=0), grad)
+            return dense.to(logits.dtype), None, None
         (gradient,) = torch.autograd.grad(ctx.log_prob, ctx.leaf, total, retain_graph=True)
         # The kernel's has the whole of it at the one entry.
         grad = grad.scatter_add(-1, known, -total.unsqueeze(-1).masked_fill(labels.unsqueeze(-1) < 0, 0))
