@@ -210,7 +210,8 @@ struct Order {
         segment.tempering = high > largest ? Tempering<Real>::at_temperature_one(high) : before;
         segment.behind = sum * std::exp2(before.distance(before.origin, segment.tempering.origin));
         exp2_block(part, n, segment.tempering, exponentials + end - n);
-        if (n == 1 || segment.behind + static_cast<double>(exponentials[end - 1]) >= smallest_sum) {
+        // NaN is taken as it comes.
+        if (n == 1 || !(segment.behind + static_cast<double>(exponentials[end - 1]) < smallest_sum)) {
           raise(high);
           break;
         }
