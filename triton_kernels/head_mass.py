@@ -114,7 +114,7 @@ def head_mass_kernel(
     # The head reaches down to `threshold` at least. What is above `low` and up to `high`, a logit of the row, may follow; what
     # is not above `low` does not: the first entry of the tail has at least (1 - target) / vocab_size.
     threshold = largest
-    held, _, high = divide(
+    held, _top, high = divide(
         pointer, vocab_size, largest, largest, factor, scale, cap, HAS_TEACHER_CAP, COMPUTE, UNROLL, LANES, WIDTH
     )
     nothing = tl.full((), LOGIT_FLOOR - 1.0, COMPUTE)

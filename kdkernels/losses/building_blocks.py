@@ -118,6 +118,13 @@ def moments(logits: Tensor) -> tuple[Tensor, Tensor]:
     return found[0], (found[1] / math.sqrt(max(1, logits.shape[1] - 1))).clamp(min=1e-7)
 
 
+def row_products(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """``<x_n, y_n>`` ``[N]``. On the CPU row by row, which needs no room for products."""
+    if x.device.type != "cpu":
+        return torch.linalg.vecdot(x.to(dtype), y.to(dtype))
+    return torch.stack([torch.dot(row.to(dtype), other.to(dtype)) for row, other in zip(x, y, strict=True)])
+
+
 class ThroughDeviation(torch.autograd.Function):
     """The logits themselves, for a loss that takes their standard deviation ``d`` for its temperature, as a number.
 
@@ -136,11 +143,11 @@ class ThroughDeviation(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         logits, mean, deviation = ctx.saved_tensors
         for block in blocks(logits):
-            part = gradient[block]
-            centred = logits[block] - mean[block].unsqueeze(-1)
-            slope = torch.linalg.vecdot(part.to(centred.dtype), centred)
-            factor = slope / ((logits.shape[1] - 1) * deviation[block].square())
-            part.addcmul_(centred.to(part.dtype), factor.to(part.dtype).unsqueeze(-1), value=-1)
+            own, part, middle = logits[block], gradient[block], mean[block]
+            # The entries of g sum to 0, so that the mean does not show in the product.
+            factor = row_products(part, own, middle.dtype) / ((logits.shape[1] - 1) * deviation[block].square())
+            part.addcmul_(own, factor.to(part.dtype).unsqueeze(-1), value=-1)
+            part.add_((factor * middle).to(part.dtype).unsqueeze(-1))
         return gradient, None, None
 
 
