@@ -35,6 +35,7 @@ struct Kernels {
   bool (*sinkhorn_gradient)(const SinkhornGradientProblem&);
   bool (*angle)(const AngleProblem&);
   bool (*relation)(const RelationProblem&);
+  bool (*row_deviation)(const DeviationProblem&);
 };
 
 #define KD_KERNELS(isa)                                                                                          \
@@ -42,7 +43,7 @@ struct Kernels {
     #isa, isa::divergence, isa::bernoulli, isa::head_mass, isa::token_statistics, isa::sparse_divergence,        \
         isa::collect_entries, isa::expand_entries, isa::sparse_products, isa::pack_records, isa::unpack_records, \
         isa::topk, isa::sample, isa::pairwise_normalisers, isa::pairwise_l1, isa::sorted_l1, isa::plackett_luce, \
-        isa::token_ranks, isa::sinkhorn, isa::sinkhorn_gradient, isa::angle, isa::relation                       \
+        isa::token_ranks, isa::sinkhorn, isa::sinkhorn_gradient, isa::angle, isa::relation, isa::row_deviation   \
   }
 
 bool processor_has(const std::string& isa) {

@@ -17,6 +17,7 @@
 #include "bindings/ranking.h"
 #include "bindings/records.h"
 #include "bindings/relation.h"
+#include "bindings/row_deviation.h"
 #include "bindings/sinkhorn.h"
 #include "bindings/sorted_l1.h"
 #include "bindings/sparse_divergence.h"
@@ -70,6 +71,7 @@ PYBIND11_MODULE(_native, module) {
   kd::bind_sinkhorn(module);
   kd::bind_angle(module);
   kd::bind_relation(module);
+  kd::bind_row_deviation(module);
   module.def("isa", [] { return kd::chosen().name; }, "Instruction set of the kernels in use.");
   module.def(
       "isas",

@@ -398,6 +398,21 @@ struct HeadMassProblem : RowProblem {
   void* gaps = nullptr;        // [rows, 2], of the head and of the tail; null: no student
 };
 
+// Rows of the `row_deviation` family. Arrays whose element type is not said hold the compute type: double if the logits are
+// float64, else float.
+struct DeviationProblem {
+  int64_t rows = 0;
+  int64_t vocab = 0;
+  int threads = 1;
+  bool compute_double = false;
+
+  Matrix logits;
+  double least = 0;            // that a standard deviation can be
+  void* means = nullptr;       // [rows]; written, or with a gradient read
+  void* deviations = nullptr;  // [rows], likewise
+  Matrix gradient;             // of the logits' dtype, changed in place; data may be null
+};
+
 // A buffer of this thread, at least `bytes` long and aligned to 64; it is kept between calls.
 // Null if there is no memory.
 void* thread_scratch(int64_t bytes);
@@ -429,6 +444,7 @@ void populate(void* data, int64_t bytes);
   bool sinkhorn(const SinkhornProblem& problem);                                  \
   bool sinkhorn_gradient(const SinkhornGradientProblem& problem);                 \
   bool angle(const AngleProblem& problem);                                        \
+  bool row_deviation(const DeviationProblem& problem);                            \
   }
 KD_DECLARE_CPU_KERNELS(baseline)
 KD_DECLARE_CPU_KERNELS(avx2)

@@ -54,20 +54,15 @@ ENTRIES: tuple[Entry, ...] = (
         key="minillm",
         title="MiniLLM: reverse KL as a policy gradient, with its exact single-step part",
         source="Gu et al., ICLR 2024, arXiv 2306.08543",
-        kind="recipe",
+        kind="loss",
         confidence="code",
         formula="PPO on r = log p(y) - log q(y) of sampled y, + mean KL(q||p), + (1 - k) CE + k SCE(p, q) on data, k = 0.5",
-        use="log_q = kd.token_log_probs(student_sequences, token_ids, mask=mask)\n"
-        "reward = kd.token_log_probs(teacher_sequences, token_ids, mask=mask) - log_q.detach()\n"
-        "togo = reward.flip(-1).cumsum(-1).flip(-1) / mask.flip(-1).cumsum(-1).flip(-1).clamp(min=1)\n"
-        "policy = -(togo * log_q)[mask].mean()\n"
-        "single_step = kd.distillation_loss(student_sequences, teacher_sequences, kd.ReverseKL(), mask=mask)\n"
+        use="policy = kd.losses.MiniLLM()(student_sequences, teacher_sequences, token_ids, mask)\n"
         "pretraining = kd.distillation_loss(student, teacher, kd.SoftCrossEntropy(), labels=labels, ce_weight=1.0)\n"
-        "loss = policy + single_step + 0.5 * pretraining",
-        cost="three sweeps of the student's logits, two of the teacher's",
-        notes="The first step of PPO, where the ratio is 1; the code also samples from 0.2 p + 0.8 q with importance weights, "
-        "scales rewards by 0.5, clips them to 100 and whitens. Its whitening counts padding, and its rewards are not masked; "
-        "this masks.",
+        "loss = policy + 0.5 * pretraining",
+        cost="three sweeps of the student's logits, three of the teacher's, and the backward's",
+        notes="Several steps on one batch take rollout=MiniLLM.rollout(...). In the code padding enters the whitening and rewards "
+        "are not masked; here only response tokens count.",
     ),
     entry(
         key="promptkd",

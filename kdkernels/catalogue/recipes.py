@@ -70,12 +70,12 @@ loss = 0.9 * kd.distillation_loss(student_sequences, aligned, vocab_size=50, mas
         formula="mean SCE(p, q), and DPO with the teacher as reference: -log sigma(0.1 ((log pi_S - log pi_T)(y+) - (...)(y-)))",
         use="""\
 mimic = kd.distillation_loss(student_sequences, teacher_sequences, mask=mask, vocab_size=50)
-def lead(s, t, ids):
-    return (kd.token_log_probs(s, ids, mask=mask) - kd.token_log_probs(t, ids, mask=mask)).sum(-1)
-worse = torch.randint(50, (2, 6))  # the rejected answer, with the models' logits on it
-rejected = lead(torch.randn(2, 6, 50, requires_grad=True), torch.randn(2, 6, 50), worse)
-preference = -torch.nn.functional.logsigmoid(0.1 * (lead(student_sequences, teacher_sequences, token_ids) - rejected))
-loss = mimic + preference.mean()  # two stages of the paper, one after the other""",
+worse = torch.randint(50, (2, 6))  # the rejected answers, with both models' logits on them
+student_worse, teacher_worse = torch.randn(2, 6, 50, requires_grad=True), torch.randn(2, 6, 50)
+preference = kd.losses.TeacherDPO(beta=0.1)(
+    student_sequences, student_worse, teacher_sequences, teacher_worse, token_ids, worse,
+    chosen_mask=mask, rejected_mask=mask)
+loss = mimic + preference  # two stages of the paper, one after the other""",
         cost="2 sweeps to mimic; 2 of the student and 1 of the teacher per answer, a number per token",
         notes="The loss mask of the code is not shifted against the logits, and its vocabulary is cut at a fixed number; neither "
         "is copied. beta = 0.1 is from memory. The KL has the gradient of SCE.",

@@ -14,9 +14,11 @@ from kdkernels.backends.rows import compute_dtype
 from kdkernels.checks import check_choice, check_real
 from kdkernels.divergences import Jeffreys
 from kdkernels.functional import distillation_loss, head_tail_gap, token_log_probs
+from kdkernels.functional.choosing import backend_for
 from kdkernels.losses.registry import register
 from kdkernels.losses.sequences import detached, tensor_of, with_tensor
 from kdkernels.ops.eager import take_scaled
+from kdkernels.ops.row_deviation import ThroughDeviation, row_deviation
 from kdkernels.reference.rows import effective_logits, side_logits
 from kdkernels.sources import LMHead, Source
 
@@ -107,50 +109,6 @@ class AKL(nn.Module):
         )
 
 
-def moments(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation ``[N]`` of rows ``[N, V]``, which is at least 1e-7; by 1 / (V - 1)."""
-    found = logits.new_empty(2, len(logits), dtype=compute_dtype(logits, None))
-    for block in blocks(logits):
-        part = logits[block].to(found.dtype)
-        mean = part.mean(-1)
-        found[0, block] = mean
-        found[1, block] = torch.linalg.vector_norm(part - mean.unsqueeze(-1), dim=-1)
-    return found[0], (found[1] / math.sqrt(max(1, logits.shape[1] - 1))).clamp(min=1e-7)
-
-
-def row_products(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """``<x_n, y_n>`` ``[N]``. On the CPU row by row, which needs no room for products."""
-    if x.device.type != "cpu":
-        return torch.linalg.vecdot(x.to(dtype), y.to(dtype))
-    return torch.stack([torch.dot(row.to(dtype), other.to(dtype)) for row, other in zip(x, y, strict=True)])
-
-
-class ThroughDeviation(torch.autograd.Function):
-    """The logits themselves, for a loss that takes their standard deviation ``d`` for its temperature, as a number.
-
-    The loss gives ``g``, the gradient at that temperature. The temperature's own is ``-<g, s> / d``, and
-    ``dd / ds = (s - mean(s)) / ((V - 1) d)``: what is missing is added in blocks of rows, so that ``g`` and ``s`` are read
-    once. ``g`` is changed in place, which nobody else sees: the logits that come out of here are the loss's own.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-        ctx.save_for_backward(logits, mean, deviation)
-        return logits.view_as(logits)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        logits, mean, deviation = ctx.saved_tensors
-        for block in blocks(logits):
-            own, part, middle = logits[block], gradient[block], mean[block]
-            # The entries of g sum to 0, so that the mean does not show in the product.
-            factor = row_products(part, own, middle.dtype) / ((logits.shape[1] - 1) * deviation[block].square())
-            part.addcmul_(own, factor.to(part.dtype).unsqueeze(-1), value=-1)
-            part.add_((factor * middle).to(part.dtype).unsqueeze(-1))
-        return gradient, None, None
-
-
 class Standardised(nn.Module):
     """What losses of standardised logits share."""
 
@@ -161,9 +119,10 @@ class Standardised(nn.Module):
         mine, shape = dense("student", student)
         with torch.no_grad():
             theirs, _ = dense("teacher", detached(teacher))
-            mean, deviation = moments(mine)
-            teacher_deviation = moments(theirs)[1]
-        through: Tensor = ThroughDeviation.apply(mine, mean, deviation)  # type: ignore[no-untyped-call]
+            backend = backend_for(self.backend, mine.device.type)
+            mean, deviation = row_deviation(mine, backend)
+            teacher_deviation = row_deviation(theirs, backend)[1]
+        through: Tensor = ThroughDeviation.apply(mine, mean, deviation, backend)  # type: ignore[no-untyped-call]
         logits = through.reshape(*shape, through.shape[-1])
         return logits, deviation.reshape(shape), theirs.reshape(logits.shape), teacher_deviation.reshape(shape)
 

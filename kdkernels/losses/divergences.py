@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from kdkernels.arguments.rows import side
-from kdkernels.checks import check_flag, check_floating, check_integer, check_real
+from kdkernels.checks import check_flag, check_floating, check_integer, check_real, check_share
 from kdkernels.divergences import (
     JSD,
     ABDivergence,
@@ -33,6 +33,7 @@ from kdkernels.losses.targets import label_mixed, swapped_with_label
 from kdkernels.reference.rows import composed_logits, side_logits
 from kdkernels.sources import Coefficient, DenseTeacher, LMHead, LogitMixture, Source
 from kdkernels.weighting.interpolation import TAIDSchedule
+from kdkernels.weighting.token_weights import entropy_gap_weights
 
 __all__ = [
     "BDKD",
@@ -98,13 +99,6 @@ def hard_loss(student: Source, labels: Tensor, mask: Tensor | None = None, backe
     """The mean cross-entropy of the labels that count, at temperature 1."""
     counted = labels != IGNORED if mask is None else mask & (labels != IGNORED)
     return -mean_over(token_log_probs(student, labels, mask=mask, backend=backend), counted)
-
-
-def check_share(name: str, value: object) -> float:
-    share = check_real(name, value)
-    if not 0 <= share <= 1:
-        raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
-    return share
 
 
 @register("taid")
@@ -368,9 +362,7 @@ class BDKD(nn.Module):
         found = token_statistics(
             student, teacher, labels, mask=mask, temperature=self.temperature, backend=self.backend
         )
-        assert found.entropy_teacher is not None
-        sure = (found.entropy_teacher > found.entropy_student).to(found.entropy_student.dtype)
-        forward = 1 + (self.emphasis - 1) * sure
+        forward, _ = entropy_gap_weights(found, emphasis=self.emphasis)
         return weighted_loss(
             student,
             teacher,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from kdkernels.checks import check_choice, check_flag, check_real
+from kdkernels.checks import check_choice, check_flag, check_real, check_share
 from kdkernels.divergences import JSD, Divergence, ForwardKL, ReverseKL
 from kdkernels.functional import distillation_loss
 from kdkernels.losses.registry import register
@@ -77,11 +77,8 @@ class MiniLLM(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.mixture = check_real("mixture", mixture)
-        self.gamma = check_real("gamma", gamma)
-        for name, share in (("mixture", self.mixture), ("gamma", self.gamma)):
-            if not 0 <= share <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {share!r}")
+        self.mixture = check_share("mixture", mixture)
+        self.gamma = check_share("gamma", gamma)
         self.clip = None if clip is None else check_real("clip", clip, positive=True)
         self.reward_scale = check_real("reward_scale", reward_scale, positive=True)
         self.reward_clip = None if reward_clip is None else check_real("reward_clip", reward_clip, positive=True)

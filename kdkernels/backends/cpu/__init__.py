@@ -16,6 +16,7 @@ from kdkernels.backends.cpu.pairwise_l1 import pairwise_l1_backward, pairwise_l1
 from kdkernels.backends.cpu.ranking import plackett_luce, token_ranks
 from kdkernels.backends.cpu.records import pack_records, unpack_records
 from kdkernels.backends.cpu.relation import relation, relation_applies
+from kdkernels.backends.cpu.row_deviation import row_deviation, row_deviation_backward
 from kdkernels.backends.cpu.sinkhorn import SINKHORN_POTENTIALS, sinkhorn_backward, sinkhorn_forward
 from kdkernels.backends.cpu.sorted_l1 import sorted_l1
 from kdkernels.backends.cpu.sparse_divergence import sparse_divergence_fused
@@ -41,6 +42,8 @@ __all__ = [
     "plackett_luce",
     "relation",
     "relation_applies",
+    "row_deviation",
+    "row_deviation_backward",
     "sample",
     "sinkhorn_backward",
     "sinkhorn_forward",
