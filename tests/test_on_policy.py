@@ -254,7 +254,7 @@ def test_generalized_jsd() -> None:
             "k must be",
         ),
         (lambda: on_policy.use_student_data(1.5), ValueError, "fraction must be in"),
-        (lambda: losses.MiniLLM(mixture=-0.1), ValueError, "mixture must be in"),
+        (lambda: losses.MiniLLM(mixture=-0.1), ValueError, "mixture must be between"),
         (lambda: losses.MiniLLM()(torch.zeros(3, 6, V), torch.zeros(3, 6, V), IDS[:2], MASK), ValueError, "token_ids"),
         (lambda: losses.TeacherDPO(label_smoothing=0.5), ValueError, "label_smoothing must be in"),
         (lambda: losses.SpeculativeKD("tvd"), ValueError, "divergence must be one of"),

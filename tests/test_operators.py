@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 import kdkernels as kd
 
 OPERATORS = {
+    "angle",
     "bernoulli",
     "bernoulli_backward",
     "bernoulli_total",
@@ -33,6 +34,9 @@ OPERATORS = {
     "pairwise_l1_backward",
     "plackett_luce",
     "plackett_luce_backward",
+    "relation",
+    "relation_backward",
+    "relation_total",
     "sample",
     "sorted_l1",
     "sorted_l1_backward",
@@ -208,6 +212,11 @@ def test_every_operator_is_reached_by_the_public_functions() -> None:
     calls += recorded(lambda: kd.pairwise_l1(rows, rows).sum().backward())
     calls += recorded(lambda: kd.token_set_log_probs(rows, torch.tensor([1, 3])).sum().backward())
     calls += recorded(lambda: kd.plackett_luce(half, torch.zeros(2, 5), top_k=2).sum().backward())
+    calls += recorded(lambda: kd.angle_loss(half.float(), torch.eye(2, 5)).backward())
+    for reduction in ("sum", "none"):
+        calls += recorded(
+            lambda how=reduction: kd.relation_loss(rows, rows, rows, rows, reduction=how).sum().backward()
+        )
     calls += recorded(lambda: kd.token_ranks(rows, torch.tensor([1, 3])))
     cost = torch.zeros(1, 2, 2, requires_grad=True)
     for reduction in ("sum", "none"):

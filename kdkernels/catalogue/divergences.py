@@ -270,8 +270,8 @@ ENTRIES: tuple[Entry, ...] = (
         confidence="code",
         formula="SCE(softmax((t - centre)/tau_t), softmax(s/tau_s)), the teacher frozen at its initialisation",
         use="centre = teacher.mean(0)\n"
-        "loss = kd.distillation_loss(student, kd.Logits(teacher, class_bias=-centre), kd.SoftCrossEntropy(), "
-        "temperature=0.1, teacher_temperature=0.04)",
+        "loss = kd.distillation_loss(student, kd.Logits(teacher, class_bias=-centre), kd.SoftCrossEntropy(),\n"
+        "                            temperature=0.1, teacher_temperature=0.04)",
         cost=ONE_SWEEP,
         notes="The paper has both temperatures at 1 and no centre; those shown are of an older configuration and of DINO.",
     ),

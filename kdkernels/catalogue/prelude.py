@@ -29,7 +29,7 @@ student_layers = [torch.randn(2, 6, 16, requires_grad=True) for _ in range(3)]
 teacher_layers = [torch.randn(2, 6, 24) for _ in range(6)]
 student_maps = torch.randn(4, 5, 6, 6, requires_grad=True)
 teacher_maps = torch.randn(4, 5, 6, 6)
-student_queries, student_keys, student_values = torch.randn(3, 2, 3, 6, 8, requires_grad=True).unbind()
+student_queries, student_keys, student_values = (torch.randn(2, 3, 6, 8, requires_grad=True) for _ in range(3))
 teacher_queries, teacher_keys, teacher_values = torch.randn(3, 2, 3, 6, 12).unbind()
 # Scores of ten documents for each of four queries
 student_scores = torch.randn(4, 10, requires_grad=True)
