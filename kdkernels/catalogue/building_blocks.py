@@ -19,7 +19,7 @@ ENTRIES: tuple[Entry, ...] = (
             "teacher's most probable ids that hold up to half of the mass, and over all others"
         ),
         use="loss = kd.losses.AKL()(student, teacher)",
-        cost="two sweeps: one for w, which sorts nothing, one for value and gradient; a few numbers per token",
+        cost="2 sweeps: one for w, which sorts nothing, one for value and gradient; a few numbers per token",
         notes=(
             "head=\"ascending\" is the head of DSKD's code. The copy in TAID's repository, whose mask is in sorted order while "
             "the gap is not, and which lets the gradient through w, is not copied."
@@ -37,7 +37,7 @@ ENTRIES: tuple[Entry, ...] = (
 ctkd = kd.losses.CTKD()
 ctkd.set_loop(3)  # once an epoch
 loss = ctkd(student, teacher)""",
-        cost="one sweep that makes the gradients of both sides, one product with each; logits of a teacher: N x V for its gradient",
+        cost="1 sweep that makes the gradients of both sides, one product with each; logits of a teacher: N x V for its gradient",
         notes="A copy in another repository multiplies by +lambda, so that theta makes the task easier: not copied.",
     ),
     Entry(
@@ -49,7 +49,7 @@ loss = ctkd(student, teacher)""",
         confidence="code",
         formula="T^2 KL(softmax(t / (std(t) T)) || softmax(s / (std(s) T))), std of a row by 1 / (V - 1), with its gradient",
         use="loss = kd.losses.LogitStd()(student, teacher)",
-        cost="three sweeps: deviations, value and gradient, what the deviation adds to it; heads: their logits, N x V",
+        cost="3 sweeps: deviations, value and gradient, what the deviation adds to it; heads: their logits, N x V",
     ),
     Entry(
         key="dist",
@@ -60,7 +60,7 @@ loss = ctkd(student, teacher)""",
         confidence="code",
         formula="T^2 (beta (1 - mean_n pearson(q_n, p_n)) + gamma (1 - mean_c pearson(q_c, p_c)))",
         use="loss = kd.losses.DIST()(student, teacher)",
-        cost="three sweeps in blocks of rows; the probabilities of both sides, 2 N x V, of which one becomes the gradient",
+        cost="3 sweeps in blocks of rows; the probabilities of both sides, 2 N x V, of which one becomes the gradient",
         notes="torchdistill's DIST+ adds the correlation of channels instead of subtracting it: not copied.",
     ),
 )

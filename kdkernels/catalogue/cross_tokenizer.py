@@ -17,7 +17,7 @@ ENTRIES: tuple[Entry, ...] = (
         formula="mean over chunks of -(e^a b + (1 - e^a) log(1 - e^b)), a, b = log P(chunk) / 100 - 1e-6 of teacher, student",
         use="""\
 loss = kd.losses.ALM(temperature=100.0)(student_sequences, teacher_sequences, token_ids, teacher_ids, chunks)""",
-        cost="2 sweeps of the student, 1 of the teacher; a number per token (two per token store the teacher)",
+        cost="1 sweep of each side; a number per token (two per token store the teacher)",
         notes="The authors' denominator applies the merge map twice; here it counts merged chunks.",
     ),
     Entry(

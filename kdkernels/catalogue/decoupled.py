@@ -19,7 +19,7 @@ ENTRIES: tuple[Entry, ...] = (
 loss = kd.losses.DKD(alpha=1.0, beta=0.5)(student, teacher, labels)
 # the same of any divergence over the rest: kd.Decoupled(kd.JSD(0.5), target_weight=1.0, rest_weight=0.5)
 """,
-        cost="one sweep, as the forward KL; no tensor of the logits' size beside the gradient",
+        cost="1 sweep, as the forward KL; no tensor of the logits' size beside the gradient",
         notes="alpha 1, beta 0.5 at T 1 are those of the code read; the paper tunes them. Copies differ in whether padding "
         "counts in the mean; here it does not.",
     ),
@@ -33,7 +33,7 @@ loss = kd.losses.DKD(alpha=1.0, beta=0.5)(student, teacher, labels)
         formula="alpha mean_easy KL(N(p) || N(q)) + (1 - alpha) mean_hard (KL((p_y, 1 - p_y) || (q_y, 1 - q_y)) + "
         "KL(N(p) || N(q))); easy: 1 - p_y below the batch's lower median",
         use="loss = kd.losses.ATKD(alpha=0.2)(student, teacher, labels)\n",
-        cost="one sweep of the teacher for p_y, then one as the forward KL; both groups in the same call",
+        cost="1 sweep of the teacher for p_y, then one as the forward KL; both groups in the same call",
         notes="The code's TVD baseline keeps the padded tokens and its shipped DKD branch cannot run: neither is copied. "
         "reverse=True exchanges student and teacher, the split remains the teacher's.",
     ),
@@ -51,7 +51,7 @@ loss = kd.losses.NKD(gamma=1.5)(student, teacher, labels)
 weak_head = torch.randn(8, 50, requires_grad=True)  # logits of a middle layer
 loss = loss + kd.losses.USKD()(student, weak_head, labels)
 """,
-        cost="NKD: one sweep of the teacher for p_y, then one as the forward KL. USKD: a full sort of every row, and tensors "
+        cost="NKD: 1 sweep of the teacher for p_y, then one as the forward KL. USKD: a full sort of every row, and tensors "
         "like the logits",
         notes="USKD's code ranks by log q where the text has q: an argument chooses. Labels are hard here.",
     ),
@@ -67,7 +67,7 @@ loss = loss + kd.losses.USKD()(student, weak_head, labels)
 stage = torch.nn.Linear(16, 50)(student_features)  # a projector of each stage to the classes
 loss = kd.losses.OFAKD(epsilon=1.5)(student, teacher, labels, stages=[stage])
 """,
-        cost="one sweep of the teacher, then one per group of logits as the forward KL",
+        cost="1 sweep of the teacher, then one per group of logits as the forward KL",
         notes='The code raises all probabilities, the text that of the label alone: raised="label".',
     ),
     Entry(
@@ -82,7 +82,7 @@ loss = kd.losses.OFAKD(epsilon=1.5)(student, teacher, labels, stages=[stage])
 loss = kd.losses.TTM(gamma=0.1, weight=45.0)(student, teacher, labels)
 loss = loss + kd.losses.WTTM(gamma=0.2, weight=4.0)(student, teacher, labels)
 """,
-        cost="one sweep, as the forward KL; WTTM one more of the teacher",
+        cost="1 sweep, as the forward KL; WTTM one more of the teacher",
         notes="gamma and the weight are tuned for each pair of models. No factor T^2.",
     ),
     Entry(
@@ -99,7 +99,7 @@ grand_teacher = torch.stack(experts).detach().amax(0)  # of every class the most
 apart = kd.Decoupled(target_weight=0.0)
 loss = sum(kd.distillation_loss(e, grand_teacher, apart, temperature=2.0, labels=labels, ce_weight=1.0) for e in experts)
 """,
-        cost="one sweep per expert, as the forward KL; the composed teacher is a tensor of the logits' size",
+        cost="1 sweep per expert, as the forward KL; the composed teacher is a tensor of the logits' size",
         notes="How the paper composes its teacher was not available: the largest logit of the experts keeps their hardest "
         "negatives. Its balanced softmax is a class bias of the student.",
     ),
@@ -118,7 +118,7 @@ inside = [logits.gather(-1, largest) for logits in (student, teacher)]
 outside = [logits.scatter(-1, largest, -torch.inf) for logits in (student, teacher)]
 loss = kd.distillation_loss(student, scaled) + kd.distillation_loss(*inside) + kd.distillation_loss(*outside)
 """,
-        cost="two sweeps as the forward KL and one for the k largest; three tensors of the logits' size",
+        cost="2 sweeps as the forward KL and one for the k largest; three tensors of the logits' size",
         notes="The paper's rule for c and its weights were not available. Another paper of that name is about topology.",
     ),
     Entry(
@@ -130,7 +130,7 @@ loss = kd.distillation_loss(student, scaled) + kd.distillation_loss(*inside) + k
         confidence="code",
         formula="T^2 mean_n sum_c BinKL(1/2, sigmoid((s - t) / T)) on an auxiliary head, T = 2",
         use="loss = kd.losses.DHKD()(student, teacher)",
-        cost="one sweep for value and gradient; nothing beside",
+        cost="1 sweep for value and gradient; nothing beside",
         notes="The clamp at 1e-8 is not needed. The alignment of both heads' gradients on the backbone is not part of it.",
     ),
     Entry(
@@ -142,7 +142,7 @@ loss = kd.distillation_loss(student, scaled) + kd.distillation_loss(*inside) + k
         confidence="code",
         formula="0.9 KL(softmax(t / std(t)) || q) + 0.1 SCE(lam e_i + (1 - lam) e_j, q), q = softmax(s / std(s)), no T^2",
         use="loss = kd.losses.MixKDStd()(student, teacher, labels, labels.roll(1), mixing=0.7)",
-        cost="three sweeps for the divergence, one for each label; heads: their logits, N x V",
+        cost="3 sweeps for the divergence, one for each label; heads: their logits, N x V",
         notes="Mixing the inputs is the caller's: Beta(1, 1), with 90% of a batch left as it is in partial mixup.",
     ),
     Entry(
@@ -156,7 +156,7 @@ loss = kd.distillation_loss(student, scaled) + kd.distillation_loss(*inside) + k
         use="""\
 answers = torch.rand(8, 20)  # P(yes) of a language model
 loss = kd.losses.MultiAspectKD(classes=30)(student, answers, labels % 30)""",
-        cost="one sweep for value and gradient of the aspects, PyTorch's cross-entropy for the classes",
+        cost="1 sweep for value and gradient of the aspects, PyTorch's cross-entropy for the classes",
         notes="alpha was not available; the default is 1.",
     ),
 )

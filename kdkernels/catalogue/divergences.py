@@ -10,7 +10,7 @@ __all__ = ["ENTRIES"]
 
 entry = partial(Entry, chapter="A")
 
-ONE_SWEEP = "one sweep; nothing of the vocabulary's size"
+ONE_SWEEP = "1 sweep; nothing of the vocabulary's size"
 
 ENTRIES: tuple[Entry, ...] = (
     entry(
@@ -33,7 +33,7 @@ ENTRIES: tuple[Entry, ...] = (
         confidence="third-party",
         formula="JSD_beta(p, q), beta on the teacher; beta 0: KL(p||q), beta 1: KL(q||p)",
         use="loss = kd.losses.GKD(beta=0.5)(student_sequences, teacher_sequences, mask=mask)",
-        cost="two sweeps; one where beta is 0 or 1",
+        cost="2 sweeps; one where beta is 0 or 1",
         notes="The values jump at beta 0 and 1, where JSD itself would vanish. Half of the sequences are the student's own, "
         "generated at 0.9, which the loss does not see. Another code base puts beta on the student.",
     ),
@@ -46,7 +46,7 @@ ENTRIES: tuple[Entry, ...] = (
         formula="KL(p || a p + (1 - a) q), or KL(q || (1 - a) p + a q), a = 0.1",
         use="loss = kd.distillation_loss(student, teacher, kd.SkewForwardKL(0.1))\n"
         "reverse = kd.distillation_loss(student, teacher, kd.SkewReverseKL(0.1))",
-        cost="two sweeps; nothing of the vocabulary's size",
+        cost="2 sweeps; nothing of the vocabulary's size",
         notes="The code leaves the teacher's entropy out of the value, and gives NaN gradients where logits are -inf; this does "
         "not. Tokens with labels of -100 do not count.",
     ),
@@ -60,7 +60,7 @@ ENTRIES: tuple[Entry, ...] = (
         use="policy = kd.losses.MiniLLM()(student_sequences, teacher_sequences, token_ids, mask)\n"
         "pretraining = kd.distillation_loss(student, teacher, kd.SoftCrossEntropy(), labels=labels, ce_weight=1.0)\n"
         "loss = policy + 0.5 * pretraining",
-        cost="three sweeps of the student's logits, three of the teacher's, and the backward's",
+        cost="3 sweeps of the student's logits, three of the teacher's, and the backward's",
         notes="Several steps on one batch take rollout=MiniLLM.rollout(...). In the code padding enters the whitening and rewards "
         "are not masked; here only response tokens count.",
     ),
@@ -76,7 +76,7 @@ ENTRIES: tuple[Entry, ...] = (
         "prompt_loss = promptkd.prompt_loss(prompted, student_sequences, teacher_sequences, 0.1, mask=mask)\n"
         "prompt_loss.backward()\n"
         "loss = promptkd(student_sequences, prompted, mask=mask)",
-        cost="one sweep for the student, two for the prompt",
+        cost="1 sweep for the student, two for the prompt",
         notes="Two optimizers, two steps. Slice the prompt's positions off first.",
     ),
     entry(
@@ -88,7 +88,7 @@ ENTRIES: tuple[Entry, ...] = (
         formula="lam CE + (1 - lam) KL(softmax(z/T) || softmax(s/T)), z = s_raw + alpha (t_tuned - t_raw)",
         use="raw_student, tuned_teacher, raw_teacher = teachers\n"
         "loss = kd.losses.DeltaKD(1.0, 0.5)(student, raw_student, tuned_teacher, raw_teacher, labels)",
-        cost="one sweep over four rows of logits; nothing of the vocabulary's size",
+        cost="1 sweep over four rows of logits; nothing of the vocabulary's size",
         notes="No defaults are known. The exponent form of the target is recalled, and the parallelogram variant unknown.",
     ),
     entry(
@@ -99,7 +99,7 @@ ENTRIES: tuple[Entry, ...] = (
         confidence="secondary",
         formula="r = w e_y + (1 - w) p; easy: KL(r||q); hard (KL > threshold): KL(r || (1 - b) q + b r)",
         use="loss = kd.losses.SelfEvolutionKD(0.5, threshold=2.0, proxy=0.5)(student, teacher, labels)",
-        cost="two sweeps, and two for statistics",
+        cost="2 sweeps, and two for statistics",
         notes="Threshold and b are tuned in the paper.",
     ),
     entry(
@@ -110,7 +110,7 @@ ENTRIES: tuple[Entry, ...] = (
         confidence="third-party",
         formula="CE + a KL(softmax(t') || q), t' = t with the logits of its argmax and of the label exchanged",
         use="loss = kd.losses.LSSD(0.3)(student, teacher, labels)",
-        cost="one sweep, and one read of the teacher",
+        cost="1 sweep, and 1 read of the teacher",
         notes="The weight of 0.3 is that code's, which does not mask labels of -100; this does.",
     ),
     entry(
@@ -123,7 +123,7 @@ ENTRIES: tuple[Entry, ...] = (
         use="trained_teacher = teacher.clone().requires_grad_()\n"
         "bd_kd = kd.losses.BDKD()\n"
         "loss = bd_kd(student, trained_teacher, labels) + bd_kd.teacher_loss(trained_teacher, student, labels)",
-        cost="one sweep and one for statistics; one more for the teacher",
+        cost="1 sweep and one for statistics; one more for the teacher",
         notes="d = 2 and T = 4 are not sure; whether T^2 multiplies the divergences is an argument.",
     ),
     entry(
@@ -149,7 +149,7 @@ ENTRIES: tuple[Entry, ...] = (
         'mixture = kd.LogitMixture([teacher, noise], [1 - 0.1 * privacy, 0.1 * privacy], space="probabilities", '
         "temperature=1 + privacy)\n"
         "loss = kd.distillation_loss(student, mixture)",
-        cost="one sweep, and one read of each source; the noise is a tensor",
+        cost="1 sweep, and 1 read of each source; the noise is a tensor",
         notes="Range of the temperatures and scale of the noise are tuned in the paper; u is tempered like the teacher here.",
     ),
     entry(
@@ -160,7 +160,7 @@ ENTRIES: tuple[Entry, ...] = (
         confidence="general",
         formula="a CE(small) + b KL(p_l||p_s) + a' CE(large) + b' KL(p_s||p_l), the teaching side constant",
         use="large = teacher.clone().requires_grad_()\nloss = kd.losses.CTCD()(student, large, labels)",
-        cost="two sweeps",
+        cost="2 sweeps",
     ),
     entry(
         key="dac_kl",
@@ -173,7 +173,7 @@ ENTRIES: tuple[Entry, ...] = (
         "answers = token_ids.masked_fill(~mask, -100)\n"
         "lower, upper = teacher_sequences.quantile(torch.tensor([0.5, 0.99]), -1)\n"
         "loss = kd.losses.DACKL()(student_sequences, teacher_sequences, answers, lower=lower, upper=upper, spans=spans)",
-        cost="one sweep; the span term makes the probabilities of one sequence at a time, twice",
+        cost="1 sweep; the span term makes the probabilities of one sequence at a time, twice",
         notes="The bounds are constants here; the network that predicts them in the paper was not available. norm=True takes the "
         "root of each distance, as the other reading has it.",
     ),
@@ -197,7 +197,7 @@ ENTRIES: tuple[Entry, ...] = (
         formula="lam CE + (1 - lam)(KL(t_j || s_i) + KL(softmax(|t_i - t_j|/T) || softmax(|s_i - s_j|/T))) over edges",
         use="edges = torch.tensor([[0, 1, 2, 3, 4], [0, 2, 5, 3, 7]])\n"
         "loss = kd.losses.FFG2M()(student, teacher, edges, labels)",
-        cost="two sweeps over the edges; their logits are gathered, [E, C]",
+        cost="2 sweeps over the edges; their logits are gathered, [E, C]",
         notes="The temperature of 1.5 is that of the second term alone. Self-loops count in the first.",
     ),
     entry(
@@ -210,7 +210,7 @@ ENTRIES: tuple[Entry, ...] = (
         use="adapted = teacher.clone().requires_grad_()\n"
         "pesf_kd = kd.losses.PESFKD()\n"
         "loss = pesf_kd(student, adapted, labels) + pesf_kd.teacher_loss(adapted, student, labels)",
-        cost="one sweep each",
+        cost="1 sweep each",
         notes="Give the adapter's parameters alone to its optimizer. The sharpness gap is lse_teacher - lse_student of "
         "kd.token_statistics.",
     ),
@@ -222,7 +222,7 @@ ENTRIES: tuple[Entry, ...] = (
         confidence="code",
         formula="alpha MSE(q, e_y) + (1 - alpha) MSE(q, sg q_previous), means over samples and classes",
         use="loss = kd.losses.GroundTruthSelfDistillation(0.6)(student, teacher, labels)",
-        cost="two sweeps for each of two targets, and one read of the previous model",
+        cost="2 sweeps for each of two targets, and 1 read of the previous model",
         notes="alpha weights the ground truth. The theory takes outputs before the softmax; the code's penalty on un-squared "
         "norms is left to the optimizer.",
     ),
@@ -234,7 +234,7 @@ ENTRIES: tuple[Entry, ...] = (
         confidence="code",
         formula="CE(joint) + CE(single) + T^2 KL(sg softmax(a/T) || softmax(single/T)), a_c = mean_j joint(x_j)[cM + j]",
         use="joint = torch.randn(8, 4, 200, requires_grad=True)\nloss = kd.losses.SLASD()(student, joint, labels)",
-        cost="one sweep of either head",
+        cost="1 sweep of either head",
     ),
     entry(
         key="lelp",
@@ -247,7 +247,7 @@ ENTRIES: tuple[Entry, ...] = (
         "lelp = kd.losses.LELP(5, 24, directions=5)\n"
         "lelp.fit(embeddings, classes, torch.randn(5, 24))\n"
         "loss = lelp(student, teacher[:, :5], teacher_features)",
-        cost="one sweep; the target is a tensor [N, C K]",
+        cost="1 sweep; the target is a tensor [N, C K]",
         notes="That projections are divided by their standard deviations is said in one reading only (standardize).",
     ),
     entry(
@@ -258,7 +258,7 @@ ENTRIES: tuple[Entry, ...] = (
         confidence="code",
         formula="SCE((1/K) sum_k softmax(t_k), q) (+ BCE of a discriminator)",
         use="loss = kd.losses.MEALV2()(student, list(teachers[:2]))",
-        cost="one sweep, and one read of each teacher",
+        cost="1 sweep, and 1 read of each teacher",
         notes="The code adds the discriminator's loss with the same sign for both networks, which makes it no adversary; it is "
         "there behind discriminator_weight, 0 unless asked for.",
     ),

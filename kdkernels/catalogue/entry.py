@@ -57,7 +57,7 @@ class Entry:
     """In one or two lines of plain text, p teacher, q student."""
     use: str
     cost: str
-    """Sweeps over the vocabulary forward + backward together, and memory beside inputs and gradients."""
+    """Sweeps over the vocabulary, as ``kdkernels.catalogue.page`` counts them, and memory beside inputs and gradients."""
     notes: str = ""
     """Where paper and code differ, and what is deliberately not copied."""
 

@@ -24,8 +24,9 @@ of a loss, `kd.losses.describe(key)` what stands below. Which one to take: [whic
 
 - **Kind**: {kinds}.
 - **Confidence**: {confidences}.
-- **Cost**: sweeps over the vocabulary, forward and backward together, and memory beside inputs and gradients. A cross-entropy
-  by `ce_weight=` costs no sweep of its own; the forward KL alone takes 2.
+- **Cost**: sweeps over the vocabulary, and memory beside inputs and gradients. A sweep reads each side's logits once, or makes
+  them once from hidden states; on the CPU and from heads it makes value and gradient together. The forward KL takes 1 (on a GPU,
+  of dense logits, another for the gradient), with the cross-entropy of `ce_weight=` included; JSD and skewed forms take 2.
 - In formulas p is the teacher and q the student; the lines start from the names of the [prelude](#prelude), and are run in
   the tests.
 """

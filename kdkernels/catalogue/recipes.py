@@ -6,7 +6,7 @@ from kdkernels.catalogue.entry import Entry
 
 __all__ = ["ENTRIES"]
 
-BOTH = "2 sweeps, both terms"
+BOTH = "1 sweep, both terms"
 GENERAL = "Only the general form is known."
 
 ENTRIES: tuple[Entry, ...] = (
@@ -23,7 +23,7 @@ hidden = student_layers[-1]
 heads = [kd.LMHead(hidden, torch.randn(50, 16, requires_grad=True)) for _ in range(5)]
 ahead = kd.losses.MedusaHeads()(heads, token_ids.masked_fill(~mask, -100), weight=0.01)
 loss = ahead + kd.distillation_loss(student_sequences, teacher_sequences, mask=mask)  # teacher: adapters switched off""",
-        cost="2 sweeps per head, one after another from one hidden state: [K, B, T, V] is never stored",
+        cost="1 sweep per head, one after another from one hidden state: [K, B, T, V] is never stored",
         notes="The legacy trainer has no decay; the code's KL counts padding, which is not copied.",
     ),
     Entry(
@@ -41,7 +41,7 @@ long_mask[0, 4:9] = long_mask[1, 5:8] = True  # the query's tokens behind the de
 query = kd.LMHead(student_layers[-1][mask], weight)  # its tokens behind the vectors
 full = kd.LMHead(long_hidden[long_mask], weight)
 loss = kd.distillation_loss(query, full, labels=token_ids[mask], ce_weight=1.0)""",
-        cost="2 sweeps of the query's tokens alone; hidden states are picked out before the head",
+        cost="1 sweep of the query's tokens alone; hidden states are picked out before the head",
         notes="Pretraining uses the KL alone. Both masks must pick as many tokens, in the same order.",
     ),
     Entry(
@@ -76,7 +76,7 @@ preference = kd.losses.TeacherDPO(beta=0.1)(
     student_sequences, student_worse, teacher_sequences, teacher_worse, token_ids, worse,
     chosen_mask=mask, rejected_mask=mask)
 loss = mimic + preference  # two stages of the paper, one after the other""",
-        cost="2 sweeps to mimic; 2 of the student and 1 of the teacher per answer, a number per token",
+        cost="1 sweep to mimic; 1 of each side per answer, a number per token",
         notes="The loss mask of the code is not shifted against the logits, and its vocabulary is cut at a fixed number; neither "
         "is copied. beta = 0.1 is from memory. The KL has the gradient of SCE.",
     ),
@@ -106,7 +106,7 @@ hard = kd.LMHead(student_features, torch.randn(50, 16, requires_grad=True))
 soft = kd.LMHead(student_features, student_head.weight)
 kl = kd.distillation_loss(soft, teacher, temperature=2.0, temperature_squared=True)  # once more for unlabelled samples
 loss = 0.5 * kl - 0.5 * kd.token_log_probs(hard, labels).mean()""",
-        cost="2 sweeps per term",
+        cost="1 sweep per term",
         notes="The scripts for ImageNet drop both factors of 0.5.",
     ),
     Entry(
@@ -125,7 +125,7 @@ attention = torch.rand(2, 6).softmax(-1)  # of the instruction to the visual tok
 visual = (attention * (student_layers[0] - teacher_layers[0][..., :16]).square().mean(-1)).sum(-1).mean()
 tokens = kd.distillation_loss(student_sequences, teacher_sequences, mask=mask, labels=token_ids, ce_weight=1.0)
 loss = tokens + transitions + visual""",
-        cost="2 sweeps for the tokens, 1 to draw, 2 for the step behind",
+        cost="1 sweep for the tokens, 1 to draw, 1 for the step behind",
         notes="Weights and how many tokens are drawn were not available.",
     ),
     Entry(
@@ -141,7 +141,7 @@ found = kd.token_statistics(student, teacher, labels)
 ask = (found.entropy_student > 2.0) | (found.argmax_student != labels)
 soft = kd.distillation_loss(student, teacher, temperature=2.0, temperature_squared=True, mask=ask, normalizer=8)
 loss = 0.7 * soft - 0.3 * kd.token_log_probs(student, labels).mean()""",
-        cost="2 sweeps per term, 1 to decide whom to ask",
+        cost="1 sweep per term, 1 to decide whom to ask",
         notes="The code's KL is a mean over N V elements, far weaker than the formula; not copied. For translation tau 1.",
     ),
     Entry(
@@ -154,7 +154,7 @@ loss = 0.7 * soft - 0.3 * kd.token_log_probs(student, labels).mean()""",
         formula="SCE(p, q), no labels",
         use="""\
 loss = kd.distillation_loss(student, teacher)""",
-        cost="2 sweeps",
+        cost="1 sweep",
         notes="The KL has the gradient of SCE.",
     ),
     Entry(
@@ -169,7 +169,7 @@ loss = kd.distillation_loss(student, teacher)""",
 rationale, rationale_ids = torch.randn(2, 6, 50, requires_grad=True), torch.randint(50, (2, 6))
 answer = -kd.token_log_probs(student_sequences, token_ids, mask=mask).sum() / mask.sum()
 loss = 0.5 * answer - 0.5 * kd.token_log_probs(rationale, rationale_ids).mean()""",
-        cost="2 sweeps per term",
+        cost="1 sweep per term",
         notes="The teacher writes text; there are no soft targets.",
     ),
     Entry(
@@ -187,7 +187,7 @@ masked_lm = -kd.token_log_probs(student_sequences, token_ids, mask=mask).sum() /
 project = torch.nn.Linear(24, 16)
 cosine = torch.nn.functional.cosine_similarity(student_layers[-1], project(teacher_layers[-1]), dim=-1)
 loss = 5.0 * soft + 2.0 * masked_lm + (1 - cosine).mean()""",
-        cost="2 sweeps per term; logits [B, T, V] of the mean",
+        cost="1 sweep per term; logits [B, T, V] of the mean",
         notes="Weights and temperature are those of DistilBERT. Widths agree there; the projection is only for other ones.",
     ),
     Entry(
@@ -218,7 +218,7 @@ loss = tokens + sum(torch.nn.functional.mse_loss(project(own), target) for own, 
 loss = kd.distillation_loss(student_sequences, teacher_sequences, kd.JSD(0.5), mask=mask)
 oracle_sequences = torch.randn(2, 6, 50)  # a third model, which nobody trains on
 drift = kd.token_statistics(student_sequences, oracle_sequences, mask=mask).forward_kl.sum() / mask.sum()""",
-        cost="2 sweeps; 1 for the divergence from the oracle",
+        cost="1 sweep; 1 for the divergence from the oracle",
         notes="The paper's remedy for stored teachers is diverse data.",
     ),
     Entry(
@@ -234,7 +234,7 @@ sequence_level = -kd.token_log_probs(student_sequences, token_ids, mask=mask).su
 forward = kd.distillation_loss(student_sequences, teacher_sequences, temperature=2.0, mask=mask)
 reverse = kd.distillation_loss(student_sequences, teacher_sequences, kd.ReverseKL(), mask=mask)
 loss = sequence_level + forward + reverse  # three objectives, to be used one at a time""",
-        cost="2 sweeps each",
+        cost="1 sweep each",
         notes="A study of existing losses.",
     ),
     Entry(
@@ -282,7 +282,7 @@ logits = torch.nn.functional.mse_loss(student, teacher)
 project = torch.nn.Linear(16, 24)
 simkd = torch.nn.functional.mse_loss(project(student_features), teacher_features)  # then the teacher's own head
 loss = soft + logits + simkd  # objectives to be used one at a time""",
-        cost="2 sweeps each",
+        cost="1 sweep each",
         notes="No loss of its own; NKD and ReviewKD have theirs.",
     ),
     Entry(
@@ -298,7 +298,7 @@ model, inputs = torch.nn.Linear(16, 50), torch.randn(8, 16)
 averaged = torch.optim.swa_utils.AveragedModel(model)
 loss = kd.distillation_loss(model(inputs), teacher, temperature=4.0, temperature_squared=True)
 averaged.update_parameters(model)  # after each step from the start of averaging on""",
-        cost="2 sweeps; a copy of the model",
+        cost="1 sweep; a copy of the model",
         notes="Averaging is the trainer's: PyTorch has it.",
     ),
     Entry(
@@ -314,7 +314,7 @@ asked = kd.weighting.farthest_first(student.softmax(-1), 3)  # of the unlabelled
 hard = kd.LMHead(student_features, torch.randn(50, 16, requires_grad=True))
 soft = kd.distillation_loss(student, teacher, temperature=2.0, temperature_squared=True)
 loss = 0.5 * soft - 0.5 * kd.token_log_probs(hard, labels).mean()""",
-        cost="2 sweeps per term; a step per chosen sample over [N, C]",
+        cost="1 sweep per term; a step per chosen sample over [N, C]",
         notes="Temperature and heads as of DHO.",
     ),
     Entry(
@@ -331,7 +331,7 @@ guessed = kd.token_statistics(student_sequences).argmax_student  # one parallel 
 imperfect = torch.where(span, guessed, token_ids)  # both models then run on this
 on_imperfect = kd.distillation_loss(student_sequences, teacher_sequences, kd.ReverseKL(), mask=mask)
 loss = on_imperfect - kd.token_log_probs(student_sequences, token_ids, mask=mask).sum() / mask.sum()""",
-        cost="1 sweep to fill the masks, 2 per term; no decoding",
+        cost="1 sweep to fill the masks, 1 per term; no decoding",
         notes="The divergence and the ratio of masks are tuned in the paper; the loss is from memory.",
     ),
     Entry(
@@ -347,7 +347,7 @@ beta = kd.weighting.ExponentialDecay(2.0, 0.99998)
 advantage = torch.randn(8)
 policy = -(advantage * kd.token_log_probs(student, labels)).mean()
 loss = policy + beta.at(5000) * kd.distillation_loss(student, teacher)""",
-        cost="2 sweeps per term",
+        cost="1 sweep per term",
         notes="beta_0 is tuned. Behavioural cloning: the same KL on an expert's states.",
     ),
     Entry(
@@ -365,7 +365,7 @@ acquire = kd.distillation_loss(new @ theta.T, new @ target.T)
 (step,) = torch.autograd.grad(acquire, theta, create_graph=True)
 retain = kd.distillation_loss(old @ (theta - 0.1 * step).T, old @ target.T)
 loss = acquire + retain""",
-        cost="2 sweeps per term; the second derivative through plain PyTorch, [N, C] a few times",
+        cost="1 sweep per term; the second derivative through plain PyTorch, [N, C] a few times",
         notes="Second derivatives need dense logits, not an LM head.",
     ),
     Entry(
@@ -381,7 +381,7 @@ logits = torch.nn.functional.l1_loss(student, teacher) + kd.distillation_loss(st
 project = torch.nn.Linear(16, 24)
 scores = torch.nn.functional.normalize(project(student_features)) @ torch.nn.functional.normalize(teacher_features).T
 loss = logits + torch.nn.functional.cross_entropy(scores / 0.1, torch.arange(8))""",
-        cost="2 sweeps; [B, B] scores",
+        cost="1 sweep; [B, B] scores",
         notes=GENERAL,
     ),
     Entry(
@@ -399,7 +399,7 @@ scores = kd.token_log_probs(with_reference, token_ids, mask=place) + kd.token_lo
     student_sequences, token_ids, mask=place
 )
 loss = kd.distillation_loss(student_sequences, with_reference.detach(), mask=place) - scores.sum() / place.sum()""",
-        cost="2 sweeps per term, of the places of the scores alone",
+        cost="1 sweep per term, of the places of the scores alone",
         notes=GENERAL + " lam was not available.",
     ),
     Entry(
@@ -416,7 +416,7 @@ labelled = -kd.token_log_probs(torch.stack([student, shallow]), labels.expand(2,
 deep_to_shallow = kd.distillation_loss(shallow, student.detach())
 project = torch.nn.Linear(16, 24)
 loss = labelled + deep_to_shallow + torch.nn.functional.mse_loss(project(student_features), teacher_features)""",
-        cost="2 sweeps per term",
+        cost="1 sweep per term",
         notes=GENERAL + " Labels are clusters of k-means.",
     ),
 )

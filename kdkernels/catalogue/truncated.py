@@ -20,7 +20,7 @@ topk = kd.topk_logits(teacher_sequences, 5)
 first = kd.losses.FIRST(0.2)
 first.fit(topk, token_ids)  # c by calibration, on held-out tokens
 loss = first(student_sequences, topk, mask=mask)""",
-        cost="2 sweeps for the normaliser; k numbers per token (of a head k rows of its weight)",
+        cost="1 sweep for the normaliser; k numbers per token (of a head k rows of its weight)",
         notes="The code takes probabilities for logarithms where it has the bucket, and smooths log-probabilities; neither is "
         "copied. The search for c is from summaries.",
     ),
@@ -37,7 +37,7 @@ topk = kd.topk_logits(teacher, 20, top_p=0.95)  # or from kd.store
 alpha = kd.weighting.WarmupStableDecay(0.9, 10000, warmup=500, decay=2000)
 objective = kd.losses.PretrainingDistillation(temperature=0.5)
 loss = objective(student, topk, labels, alpha=alpha.at(3000))""",
-        cost="2 sweeps, cross-entropy included; 'mse' 4",
+        cost="1 sweep, cross-entropy included; 'mse' 2",
         notes="top-p 0.95, k 100 and a = 0.9 are from memory. The student keeps its full vocabulary. kd.SampledLogits serve as "
         "an unbiased store in place of the cut one.",
     ),
@@ -54,7 +54,7 @@ loss = kd.losses.TopKUniform(0.9, temperature=4.0, k=10)(student, teacher, label
 partial = kd.losses.TopKUniform(0.9, temperature=4.0, form="label")(student, teacher, labels)
 classes = torch.nn.functional.normalize(teacher_head.weight, dim=-1)  # KD-sim: a head of class similarities
 similar = kd.distillation_loss(student, kd.LMHead(classes[labels], classes), teacher_temperature=0.3)""",
-        cost="2 sweeps, cross-entropy included, after one of the teacher; k numbers per token",
+        cost="1 sweep, cross-entropy included, after one of the teacher; k numbers per token",
         notes="tau 3 to 5, k 10 to 50. The temperature of KD-sim was not available.",
     ),
     Entry(
@@ -71,7 +71,7 @@ items = kd.LMHead(embedding[labels], embedding)
 followers = torch.rand(8, 50).topk(4).indices  # ids of the counts that are not 0, -1 where there are fewer
 counts = torch.tensor([5.0, 2.0, 1.0, 1.0]).expand(8, 4)
 loss = kd.losses.TransitionDistillation()(items, followers, counts) - kd.token_log_probs(student, labels).mean()""",
-        cost="2 sweeps; the counts stay sparse: items without a count share one logit, in closed form",
+        cost="1 sweep; the counts stay sparse: items without a count share one logit, in closed form",
         notes="The soft term is between item embeddings, not the sequence's output. kd.losses.truncated.constant_logit_tail "
         "makes such a teacher of any named entries.",
     ),
@@ -86,7 +86,7 @@ loss = kd.losses.TransitionDistillation()(items, followers, counts) - kd.token_l
         use="""\
 prior = kd.TopKLogits(torch.tensor([[3, 7], [4, -1]] * 4), torch.tensor([[0.7, 0.3], [1.0, 0.0]] * 4).log(), vocab_size=50)
 loss = kd.losses.LexicalPrior(100000, temperature=2.0)(student, prior, labels, step=1000)""",
-        cost="2 sweeps, cross-entropy included; the prior's few entries per token",
+        cost="1 sweep, cross-entropy included; the prior's few entries per token",
         notes="The prior comes from word alignments of the raw data; kd.SampledLogits serve in kd.distillation_loss if it is "
         "sampled instead of cut.",
     ),
@@ -101,7 +101,7 @@ loss = kd.losses.LexicalPrior(100000, temperature=2.0)(student, prior, labels, s
         use="""\
 scores, ids = torch.sigmoid(teacher).topk(20)  # as stored
 loss = kd.losses.CED()(student, ids, scores)""",
-        cost="one sweep for value and gradient; targets are made dense a chunk of rows at a time",
+        cost="1 sweep for value and gradient; targets are made dense a chunk of rows at a time",
         notes="The code takes the cross-entropy of sigmoid outputs; this one takes logits, which do not saturate.",
     ),
 )

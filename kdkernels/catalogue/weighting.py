@@ -35,7 +35,7 @@ loss = nll + 0.2 * kd.distillation_loss(student, teacher, kd.ReverseKL())""",
         use="""\
 weight = kd.weighting.entropy_weights(kd.token_statistics(student, teacher), exponent=0.1)
 loss = kd.distillation_loss(student, teacher, weight=weight)""",
-        cost="1 sweep for the entropies, 2 for the loss",
+        cost="1 sweep for the entropies, 1 for the loss",
         notes="gamma is about 0.1; how the paper combines the entropies was not available. The KL has the gradient of SCE.",
     ),
     Entry(
@@ -51,7 +51,7 @@ alpha = kd.weighting.Ramp(0.0, 0.8, 240).at(11 + 1)  # epoch 11 of 240
 previous = kd.topk_logits(teacher, 20)  # the last epoch's predictions of these samples, as stored
 soft = kd.distillation_loss(student, previous, labels=labels, ce_weight=(1 - alpha) / alpha)
 loss = alpha * soft""",
-        cost="2 sweeps, both terms; 20 numbers per stored sample in place of C",
+        cost="1 sweep, both terms; 20 numbers per stored sample in place of C",
         notes="Cross-entropy is linear in its target: the mixed target is a sum of two terms. The KL has the gradient of SCE. "
         "The first epoch uses the label alone.",
     ),
@@ -67,7 +67,7 @@ loss = alpha * soft""",
 quality = kd.weighting.near_hit_quality(teacher, labels, k=10)  # start positions; the same for the end
 soft = kd.distillation_loss(student, teacher, temperature=2.0, temperature_squared=True)
 loss = quality * soft - kd.token_log_probs(student, labels).mean()""",
-        cost="2 sweeps for the loss, 2 for the cross-entropy; a top 10 of the positions",
+        cost="1 sweep for the loss, 1 for the cross-entropy; a top 10 of the positions",
         notes="One c per batch. A hit is in [gold - 5, gold + 4], which is not symmetric; only the first counts, whatever the "
         "name says. 'symmetric' there is the whole sum of both KLs: 2 kd.Jeffreys().",
     ),
@@ -85,7 +85,7 @@ p = teacher.softmax(-1)
 a = weights(student.softmax(-1), p, labels, kd.weighting.class_means(p, labels))
 soft = kd.distillation_loss(student, teacher, temperature=4.0, temperature_squared=True, reduction="none")
 loss = (a * soft - (1 - a) * kd.token_log_probs(student, labels)).mean()""",
-        cost="4 sweeps; [N, 9 C] for the network: for classifiers, not vocabularies",
+        cost="2 sweeps; [N, 9 C] for the network: for classifiers, not vocabularies",
         notes="The gradient reaches the network through the unreduced losses, also in a second derivative "
         "(create_graph=True), which the bilevel step on validation data needs.",
     ),
@@ -102,7 +102,7 @@ initial = student.detach().clone()
 from_teacher = kd.weighting.more_confident(kd.token_statistics(initial, teacher, labels))
 chosen = torch.where(from_teacher.unsqueeze(-1), teacher, initial)  # classes; of a vocabulary two weighted losses
 loss = kd.distillation_loss(student, chosen)""",
-        cost="1 sweep for the partition, 2 for the loss",
+        cost="1 sweep for the partition, 1 for the loss",
         notes="Compared with the current student in one reading, with the frozen initial one in the other: pass either. Without "
         "labels the largest probabilities are compared. Of several teachers: kd.weighting.most_confident.",
     ),
@@ -120,7 +120,7 @@ chosen = kd.weighting.route(gates, k=1)
 soft = kd.distillation_loss(student.expand(3, 8, 50), teachers, temperature=4.0, temperature_squared=True,
                             weight=chosen, normalizer=8)
 loss = soft - kd.token_log_probs(student, labels).mean() + kd.weighting.load_balance(gates)""",
-        cost="2 sweeps per teacher; rows of weight 0 may be left out with mask=chosen > 0",
+        cost="1 sweep per teacher; rows of weight 0 may be left out with mask=chosen > 0",
         notes="The terms are not multiplied by the gate, which learns from the balance and the later stages alone.",
     ),
     Entry(
@@ -138,7 +138,7 @@ plan = kd.weighting.mentoring(theirs, ours, found.argmax_teacher == labels, temp
 soft = kd.distillation_loss(student.expand(3, 8, 50), teachers, temperature=plan.temperatures,
                             temperature_squared=True, weight=plan.weights, normalizer=8)
 loss = soft - kd.token_log_probs(student, labels).mean()""",
-        cost="1 sweep per mentor for the statistics, 2 for the loss",
+        cost="1 sweep per mentor for the statistics, 1 for the loss",
         notes="The forms of weight and temperature are from memory.",
     ),
     Entry(
@@ -157,7 +157,7 @@ own = torch.stack([model(augmented), model(raw)])
 losses = [kd.distillation_loss(own, target.expand_as(own), temperature=4.0, temperature_squared=True)
           for target in averages(augmented)]
 loss = 8.0 * sum(losses) / len(losses) - kd.token_log_probs(own[1], labels).mean()""",
-        cost="4 sweeps per teacher; a copy of the model per rate",
+        cost="2 sweeps per teacher; a copy of the model per rate",
         notes="The published correction starts from parameters shrunk by the rate (correction='published'); the unbiased one is "
         "the default here. Variants by groups of classes are not here.",
     ),
@@ -175,7 +175,7 @@ weight = kd.weighting.teacher_confidence(kd.token_statistics(student, teacher))
 weighted = -(weight * kd.token_log_probs(student, labels)).sum() / weight.sum()
 permuted = kd.distillation_loss(student, kd.weighting.permuted_others(teacher))
 loss = born_again + weighted + permuted  # three objectives of the paper, to be used one at a time""",
-        cost="2 sweeps each; 1 for the weights; the permutation makes logits [N, C]",
+        cost="1 sweep each; 1 for the weights; the permutation makes logits [N, C]",
         notes="Both ablations show what of the gain is weighting, what knowledge of similar classes.",
     ),
     Entry(
@@ -193,7 +193,7 @@ targets = labels.expand(2, 8)
 right = kd.token_statistics(weak + prior).argmax_student == targets
 nll = -kd.token_log_probs(strong + prior, targets).mean()
 loss = nll + kd.weighting.Ramp(0.0, 0.6, 20).at(5) * kd.distillation_loss(strong + prior, weak + prior, mask=right)""",
-        cost="1 sweep to see what is right, 2 for the KL, 2 for the cross-entropy",
+        cost="1 sweep to see what is right, 1 for the KL, 1 for the cross-entropy",
         notes="The mean is over the rows that the weak view gets right. The prior is raw counts; the temperature in the "
         "configuration is not used.",
     ),
@@ -210,7 +210,7 @@ shuffled = torch.randn(8, 50)  # logits of the copy whose last layers' channels 
 suspicion = kd.token_statistics(shuffled, teacher).forward_kl
 weight = kd.weighting.disagreement_weights(suspicion)
 loss = kd.distillation_loss(student, teacher, temperature=4.0, temperature_squared=True, weight=weight, normalizer=8)""",
-        cost="1 sweep for the weights, 2 for the loss",
+        cost="1 sweep for the weights, 1 for the loss",
         notes="The divergences are from the code, the rule of the weight from memory. Its JS has the arguments swapped: kd.JSD() "
         "is the true one.",
     ),
@@ -229,7 +229,7 @@ inputs = student_features.detach() + shift
 disagreement = kd.distillation_loss(network(inputs), target(inputs))  # the gradient flows through both sides
 kept = kd.distillation_loss(target(inputs), target(inputs - shift).detach())
 loss = -disagreement + 10.0 * torch.relu(kept - 0.1)  # the augmenter's turn; the student's is +disagreement""",
-        cost="2 sweeps each, the gradient to both sides in the same ones",
+        cost="1 sweep each, the gradient to both sides in the same ones",
         notes="Only the general form is known.",
     ),
     Entry(
@@ -263,7 +263,7 @@ picked = kd.weighting.best(kd.token_statistics(pool).entropy_student, count=8)
 mixed = kd.distillation_loss(pool[picked], answers[picked], temperature=4.0, temperature_squared=True)
 plain = kd.distillation_loss(student, teacher, temperature=4.0, temperature_squared=True)
 loss = 0.9 * plain - 0.1 * kd.token_log_probs(student, labels).mean() + mixed""",
-        cost="1 sweep of the pool for the entropies, 2 per loss",
+        cost="1 sweep of the pool for the entropies, 1 per loss",
         notes="Other scores of the paper: the teacher's entropy, the KL. Its metric of an augmentation is the standard deviation "
         "over the batch of the teacher's mean probability: less is better.",
     ),
@@ -280,7 +280,7 @@ kept = kd.weighting.best(torch.rand(8), fraction=0.5)  # by any pruning score; r
 alpha = 0.9  # tuned per fraction: more of the teacher when less is kept
 soft = kd.distillation_loss(student[kept], teacher[kept], temperature=4.0, temperature_squared=True)
 loss = alpha * soft - (1 - alpha) * kd.token_log_probs(student[kept], labels[kept]).mean()""",
-        cost="2 sweeps each, of what is kept",
+        cost="1 sweep each, of what is kept",
         notes="tau and a per fraction were not available.",
     ),
     Entry(
@@ -295,7 +295,7 @@ loss = alpha * soft - (1 - alpha) * kd.token_log_probs(student[kept], labels[kep
 gains = 1 - kd.weighting.margins(student.softmax(-1))
 asked = kd.weighting.robust_sampling(gains, wrong=1.0).multinomial(4)
 loss = kd.distillation_loss(student[asked], teacher[asked])""",
-        cost="2 sweeps of what is asked; the margins need the student's two largest probabilities",
+        cost="1 sweep of what is asked; the margins need the student's two largest probabilities",
         notes="The closed form is derived here for an adversary who spoils 'wrong' samples. The KL has the gradient of SCE.",
     ),
     Entry(
@@ -313,7 +313,7 @@ heads = [torch.randn(30, 16, requires_grad=True), torch.randn(70, 16, requires_g
 sources = [torch.randn(8, 30), torch.randn(8, 70)]
 soft = [kd.distillation_loss(kd.LMHead(trunk, head), source) for head, source in zip(heads, sources)]
 loss = 0.5 * (weight * torch.stack(soft)).sum() - 0.5 * kd.token_log_probs(student, labels).mean()""",
-        cost="2 sweeps per source",
+        cost="1 sweep per source",
         notes="power and lam were not available.",
     ),
     Entry(
@@ -330,7 +330,7 @@ pairs = kd.distillation_loss(means.expand(3, 3, 50), means.unsqueeze(1).expand(3
 weight = kd.weighting.peer_weights(pairs)
 fused = (weight.log().unsqueeze(-1).unsqueeze(-1) + teachers.log_softmax(-1)).logsumexp(1)
 loss = kd.distillation_loss(student, fused[0]) - kd.token_log_probs(student, labels).mean()""",
-        cost="2 sweeps each; [M, N, C] for the fusion, which is of classifiers",
+        cost="1 sweep each; [M, N, C] for the fusion, which is of classifiers",
         notes="Only the general form is known; the means here are over all classes.",
     ),
     Entry(
@@ -349,7 +349,7 @@ teacher_of_all = group[promoted].detach().mean(0)
 soft = kd.distillation_loss(group, teacher_of_all.expand_as(group), temperature=3.0, temperature_squared=True)
 mutual = kd.distillation_loss(group, group.detach().roll(1, 0), temperature=3.0, temperature_squared=True)
 loss = soft + mutual - ability.mean()""",
-        cost="2 sweeps per term",
+        cost="1 sweep per term",
         notes="Only the general form is known; tau 3 to 4. The mean is of logits.",
     ),
     Entry(
@@ -365,7 +365,7 @@ losses = torch.cat([torch.rand(40), 4 + torch.rand(10)])  # of all samples in an
 mixture = kd.weighting.fit_loss_mixture(losses)
 nll = -kd.token_log_probs(student, labels)
 loss = (kd.weighting.denoising_weights(nll, mixture) * nll).mean()""",
-        cost="2 sweeps; a fit of numbers per sample once an epoch",
+        cost="1 sweep; a fit of numbers per sample once an epoch",
         notes="After three epochs of warm-up. The clean component's deviation is multiplied by 9. The code takes the weights of "
         "the epoch before.",
     ),
@@ -384,7 +384,7 @@ good = -kd.token_log_probs(student_sequences, token_ids, mask=mask).sum(-1) / co
 bad = -kd.token_log_probs(student_sequences, negatives, mask=mask).sum(-1) / counts
 quality = torch.tensor([0.9, 0.5])  # of a discriminator
 loss = (quality * good + torch.relu(1.0 + good - bad)).mean()""",
-        cost="2 sweeps per rationale; a number per token",
+        cost="1 sweep per rationale; a number per token",
         notes="Only the general form is known. The label's own cross-entropy is added.",
     ),
     Entry(
@@ -402,7 +402,7 @@ kd.token_log_probs(model(inputs), labels).mean().backward()
 fisher = {name: value.grad.square() for name, value in model.named_parameters()}
 average.update(model, {name: value > value.median() for name, value in fisher.items()})
 loss = kd.distillation_loss(model(inputs), average(inputs)[0])""",
-        cost="2 sweeps; a copy of the model",
+        cost="1 sweep; a copy of the model",
         notes="Only the general form is known; 0.999 of the average is kept. The KL has the gradient of SCE.",
     ),
     Entry(
@@ -419,7 +419,7 @@ uncertainty = runs.std(0).mean(-1)
 sign = torch.where(uncertainty > 0.2, 1.0, -1.0)
 high_rank, low_rank = 1 + sign * uncertainty, 1 - sign * uncertainty  # scales of the two adapters per sample
 loss = kd.distillation_loss(student, runs.mean(0).log())""",
-        cost="2 sweeps; the teacher runs several times",
+        cost="1 sweep; the teacher runs several times",
         notes="From memory. Teacher: kd.weighting.MovingAverages at 0.001. The KL has the gradient of SCE.",
     ),
     Entry(
@@ -433,7 +433,7 @@ loss = kd.distillation_loss(student, runs.mean(0).log())""",
         use="""\
 vote = teachers.log_softmax(-1).logsumexp(0)  # log of the summed probabilities of three snapshots
 loss = kd.distillation_loss(student, vote, labels=labels, ce_weight=1.0)""",
-        cost="2 sweeps, cross-entropy included; [K, N, C] for the vote, which is of classifiers",
+        cost="1 sweep, cross-entropy included; [K, N, C] for the vote, which is of classifiers",
         notes="Only the general form is known; K and lam were not available.",
     ),
     Entry(
@@ -449,7 +449,7 @@ exits = {4: torch.randn(50, 16, requires_grad=True), 9: torch.randn(50, 16, requ
 states = {4: student_layers[0], 9: student_layers[1]}
 terms = [depth / 36 * -kd.token_log_probs(kd.LMHead(states[depth], exits[depth]), token_ids).mean() for depth in exits]
 loss = torch.stack(terms).sum()""",
-        cost="2 sweeps per exit, one after another",
+        cost="1 sweep per exit, one after another",
         notes="No divergence between student and teacher. Only the general form is known.",
     ),
     Entry(
@@ -465,7 +465,7 @@ loss = torch.stack(terms).sum()""",
         "found = kd.on_policy.speculative_acceptance(teacher_sequences, draft, k=25, temperature=0.2, top_p=0.5)\n"
         "assert not found.accepted.any()\n"
         'loss = kd.losses.SpeculativeKD("forward_kl")(student_sequences, teacher_sequences, mask)',
-        cost="the divergence's, 2 sweeps; acceptance counts in one sweep and draws in another, without full logits of heads",
+        cost="the divergence's, 1 sweep; acceptance counts in 1 sweep and draws in another, without full logits of heads",
         notes="The code's JSD has its arguments swapped and it skips the row that predicts the first response token; neither "
         "is copied. Student temperature 0.5 and top-p 0.5, 5 draft tokens a time.",
     ),
