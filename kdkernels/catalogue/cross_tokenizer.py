@@ -36,7 +36,7 @@ loss = latents(student_layers[-1], teacher_layers[-1], chunks)""",
     Entry(
         key="gold",
         title="GOLD: general online logit distillation across tokenizers",
-        source="Patino et al. 2025, Unlocking On-Policy Distillation for Any Model Family; TRL's GOLDTrainer",
+        source="Patiño et al. 2025, Unlocking On-Policy Distillation for Any Model Family; TRL's GOLDTrainer",
         chapter="D",
         kind="loss",
         confidence="code",

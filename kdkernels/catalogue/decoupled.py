@@ -20,8 +20,8 @@ loss = kd.losses.DKD(alpha=1.0, beta=0.5)(student, teacher, labels)
 # the same of any divergence over the rest: kd.Decoupled(kd.JSD(0.5), target_weight=1.0, rest_weight=0.5)
 """,
         cost="1 sweep, as the forward KL; no tensor of the logits' size beside the gradient",
-        notes="alpha 1, beta 0.5 at T 1 are those of the code read; the paper tunes them. Copies differ in whether padding "
-        "counts in the mean; here it does not.",
+        notes="alpha 1, beta 0.5 at T 1 are those of the code read; the authors set beta and T per pair of models. Copies differ "
+        "in whether padding counts in the mean; here it does not.",
     ),
     Entry(
         key="atkd",

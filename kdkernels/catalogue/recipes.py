@@ -337,7 +337,7 @@ loss = on_imperfect - kd.token_log_probs(student_sequences, token_ids, mask=mask
     Entry(
         key="rl_kickstarting",
         title="Kickstarting against forgetting when models are fine-tuned by reinforcement",
-        source="Wolczyk et al. 2024, ICML, arXiv 2402.02868",
+        source="Wołczyk et al. 2024, ICML, arXiv 2402.02868",
         chapter="H",
         kind="arguments",
         confidence="general",

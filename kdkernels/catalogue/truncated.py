@@ -10,7 +10,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         key="first_topk",
         title="FIRST: efficient trustworthy distillation from recalibrated top-5 probabilities",
-        source="Shum et al. 2024, EMNLP Findings, arXiv 2408.12168",
+        source="Shum et al. 2024, EMNLP, arXiv 2408.12168",
         chapter="B",
         kind="loss",
         confidence="code",

@@ -336,7 +336,7 @@ loss = kd.distillation_loss(student, fused[0]) - kd.token_log_probs(student, lab
     Entry(
         key="orc_role_change",
         title="A group of students, the best of whom teach the others",
-        source="Group-based distillation with online role change, 2023, ICCV",
+        source="Network Group-based Knowledge Distillation using Online Role Change, 2023, ICCV",
         chapter="G",
         kind="recipe",
         confidence="general",
@@ -425,7 +425,7 @@ loss = kd.distillation_loss(student, runs.mean(0).log())""",
     Entry(
         key="sd_darts",
         title="A vote of earlier states as the teacher of a supernet",
-        source="Differentiable architecture search via self-distillation, 2023",
+        source="Improving Differentiable Architecture Search via Self-Distillation, 2023",
         chapter="G",
         kind="arguments",
         confidence="general",

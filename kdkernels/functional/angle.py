@@ -18,7 +18,7 @@ def angle_loss(student: Tensor, teacher: Tensor, *, backend: str | None = None) 
 
     With ``psi(i, j, k) = <u_ij, u_kj>``, ``u_ij = (e_i - e_j) / |e_i - e_j|``, the mean over all ``B ** 3`` triples of
     ``x ** 2 / 2`` where ``x = |psi_student - psi_teacher|`` is below 1, else ``x - 1/2`` (Relational Knowledge
-    Distillation, arXiv 1904.05068, equations 7 and 8). Computed from the Gram matrices: nothing is larger than ``[B, B]``.
+    Distillation, arXiv 1904.05068). Computed from the Gram matrices: nothing is larger than ``[B, B]``.
     Where two points coincide psi is 0 and has no gradient.
 
     Args:

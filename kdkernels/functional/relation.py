@@ -40,7 +40,7 @@ def relation_loss(
     """The divergence between the softmax relations of a student and of a teacher, with memory linear in the rows.
 
     A relation is ``R = softmax(scale * left right^T)`` over the rows of ``right``: attention of queries and keys, the
-    value relation of MiniLM (arXiv 2002.10957, equations 4 to 6), Q-Q, K-K and V-V of MiniLMv2 (both arguments the same
+    value relation of MiniLM (arXiv 2002.10957), Q-Q, K-K and V-V of MiniLMv2 (both arguments the same
     tensor), or the similarities of samples. The loss of row i is ``D(R^T_i, R^S_i)`` plus ``ce_weight`` times the
     cross-entropy ``-log R^S_i[labels_i]``. With labels and no teacher that is InfoNCE. Gradients flow to everything that
     requires grad, of either side, and to ``weight``.

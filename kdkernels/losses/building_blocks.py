@@ -155,7 +155,7 @@ class LogitStd(Standardised):
 
     Args:
         temperature: T; the paper's base temperature.
-        weight: of the loss; 9 in the authors' CIFAR-100 runs beside a cross-entropy.
+        weight: of the loss; 9 in most of the authors' CIFAR-100 runs, beside a cross-entropy.
         backend: of the kernels, see ``kd.distillation_loss``.
     """
 
@@ -423,7 +423,7 @@ class DIST(nn.Module):
     authors' code.
 
     Args:
-        beta, gamma: weights of rows and columns; the paper's ImageNet runs take 2 and 2 beside a cross-entropy.
+        beta, gamma: weights of rows and columns; the authors' configurations for classifiers take 2 and 2 beside a cross-entropy.
         temperature: T of both sides.
         eps: added to what a correlation is divided by, as the code does. With many classes columns are short: then it counts.
     """

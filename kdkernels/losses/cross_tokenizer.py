@@ -388,7 +388,7 @@ class GOLD(nn.Module):
     Chunks of one token on both sides run in the kernels of ``kd.sorted_l1``; merged and hybrid ones, whose entries do not add
     up to 1, in plain PyTorch a block at a time, picked out with a synchronisation on GPUs.
 
-    Source: Patino et al. 2025, "Unlocking On-Policy Distillation for Any Model Family", as TRL's ``GOLDTrainer`` computes it
+    Source: Patiño et al. 2025, "Unlocking On-Policy Distillation for Any Model Family", as TRL's ``GOLDTrainer`` computes it
     (version of 2026; facts only). Confidence: from the authors' code.
 
     Args:

@@ -35,8 +35,8 @@ class DKD(nn.Module):
     ``T^2 (alpha KL((p_y, 1 - p_y) || (q_y, 1 - q_y)) + beta KL(N(p) || N(q)))`` with both probabilities at temperature T and
     N the softmax without the label.
 
-    Source: Zhao et al. 2022 (CVPR; arXiv 2203.08679). Confidence: from code; the paper tunes beta and T per pair
-    of models (up to 8 and 4). Copies differ in whether padding counts in the mean: here it does not.
+    Source: Zhao et al. 2022 (CVPR; arXiv 2203.08679). Confidence: from code; the authors set beta and T per
+    pair of models (0.5 to 8, and 1 or 4). Copies differ in whether padding counts in the mean: here it does not.
 
     Args:
         alpha: weight of the label's part.

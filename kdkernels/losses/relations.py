@@ -36,7 +36,7 @@ class MiniLM(nn.Module):
     ``L_VR`` the same with ``softmax(V V^T / sqrt(d_k))``; the mean over the batch. The number of heads must be the same; d_k
     may differ. The relations are streamed: memory is linear in n.
 
-    Source: Wang et al. 2020 (NeurIPS; arXiv 2002.10957), equations 4 to 6. Confidence: from another implementation (the
+    Source: Wang et al. 2020 (NeurIPS; arXiv 2002.10957). Confidence: from another implementation (the
     authors published none); one version read averages the two terms, another takes the softmax of attention probabilities a
     second time, which is not copied.
 
@@ -155,7 +155,7 @@ class DisWOT(nn.Module):
     ``E = rownorm(f f^T)`` with f ``[B, C, h w]``; rownorm divides rows by their L2 norm. DisWOT scores untrained students by
     ``-(SP + ICKD)`` and uses both as losses.
 
-    Source: Dong et al. 2023 (CVPR; arXiv 2303.15678), after SP (arXiv 1907.09682) and ICKD (arXiv 2103.16844). Confidence:
+    Source: Dong et al. 2023 (CVPR; arXiv 2303.15678), after SP (arXiv 1907.09682) and ICKD (arXiv 2202.03680). Confidence:
     from the authors' code.
 
     Args:

@@ -179,7 +179,7 @@ class FIRST(nn.Module):
     their sum, ``q~ = (q + epsilon) / sum (q + epsilon)``, or ``q~ = softmax(q / c_S)``. The loss is the sum over the tokens of
     ``KL(p~ || q~)``, over the batch.
 
-    Source: Shum et al. 2024 (EMNLP Findings; arXiv 2408.12168). Confidence: from the authors' code; the search for c from
+    Source: Shum et al. 2024 (EMNLP; arXiv 2408.12168). Confidence: from the authors' code; the search for c from
     summaries. Not copied: with the bucket the code takes probabilities for logarithms, and smooths log-probabilities; here
     both are what they are called.
 
