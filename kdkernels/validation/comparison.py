@@ -118,6 +118,9 @@ def make_plan(
             plan += [Target(operation, None, name, dtype, cases) for dtype in dtypes]
         plan += [Target("sorted_l1", None, name, dtype, logits) for dtype in dtypes]
         plan += [Target("plackett_luce", None, name, dtype, logits) for dtype in dtypes]
+        # Where sigmoids saturate, their difference is nothing but rounding in the truth as well: float64 has no better one.
+        below = [dtype for dtype in dtypes if dtype != torch.float64]
+        plan += [Target("bernoulli_loss", None, name, dtype, logits) for dtype in below]
         plan += [Target("sinkhorn", None, name, dtype, transport_cases()) for dtype in dtypes]
     return plan
 
@@ -185,6 +188,8 @@ def answers(library: Any, inputs: Inputs, target: Target, arguments: dict[str, A
         return pair_answers(library, inputs, arguments)
     if target.operation == "sorted_l1":
         return sorted_l1_answers(library, inputs, arguments)
+    if target.operation == "bernoulli_loss":
+        return bernoulli_answers(library, inputs, arguments)
     if target.operation == "plackett_luce":
         return ranking_answers(library, inputs, arguments)
     if target.divergence is None:
@@ -261,6 +266,27 @@ def sorted_l1_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) -
     parts = torch.autograd.grad(values, list(leaves.values()), inputs.upstream.to(values.dtype))
     gradients = {f"gradient to {leaf}": part for leaf, part in zip(leaves, parts, strict=True)}
     return {"value per token": values.detach().flatten()} | gradients
+
+
+def bernoulli_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) -> Answers:
+    """The values per token in every form, and the gradients to the student."""
+    leaves = {
+        name: leaf.detach().clone().requires_grad_(name.startswith("student")) for name, leaf in inputs.leaves.items()
+    }
+    student, teacher = inputs.sources(leaves)
+    mine = [name for name, leaf in leaves.items() if leaf.requires_grad]
+    options = {
+        name: inputs.options[name]
+        for name in ("temperature", "teacher_temperature", "mask", "vocab_size")
+        if name in inputs.options
+    }
+    found = {}
+    for form in ("cross_entropy", "kl", "half"):
+        values = library.bernoulli_loss(student, teacher, form=form, reduction="none", **options, **arguments)
+        parts = torch.autograd.grad(values, [leaves[leaf] for leaf in mine], inputs.upstream.to(values.dtype))
+        found[f"value per token, {form}"] = values.detach().flatten()
+        found |= {f"gradient to {leaf}, {form}": part for leaf, part in zip(mine, parts, strict=True)}
+    return found
 
 
 def ranking_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) -> Answers:
