@@ -112,6 +112,7 @@ def test_check_passes() -> None:
         "pairwise_l1 of heads",
         "sorted_l1",
         "plackett_luce",
+        "bernoulli_loss",
         "sinkhorn",
     ]
     assert all(0 < line["error"] < 1e-5 for line in report["results"])
@@ -165,6 +166,7 @@ def scale_gradients(*gradients: torch.Tensor | None) -> None:
         ("sorted_l1", lambda values, _: scale_first(values), "sorted_l1", "value per token"),
         ("sorted_l1", lambda _, given: scale_gradients(*given[-2:]), "sorted_l1", "gradient to"),
         ("plackett_luce", lambda _, given: scale_gradients(given[-1]), "plackett_luce", "gradient to student"),
+        ("bernoulli", lambda _, given: scale_gradients(given[-1]), "bernoulli_loss", "gradient to student"),
         ("sinkhorn_forward", lambda values, _: values[2].mul_(1.01), "sinkhorn", ""),
         ("sinkhorn_backward", lambda _, given: scale_gradients(*given[-3:]), "sinkhorn", "gradient to "),
     ],
@@ -183,6 +185,7 @@ def scale_gradients(*gradients: torch.Tensor | None) -> None:
         "sorted_l1",
         "sorted_l1 gradients",
         "plackett_luce gradients",
+        "bernoulli gradients",
         "sinkhorn",
         "sinkhorn backward",
     ],
