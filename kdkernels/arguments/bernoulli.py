@@ -11,6 +11,7 @@ from kdkernels.arguments.rows import (
     Problem,
     active_rows,
     check_same_device,
+    check_same_tokens,
     check_same_vocab,
     per_token,
     side,
@@ -70,11 +71,7 @@ def prepare_bernoulli(
         targets = Targets(None)
     else:
         teacher_side, teacher_shape, teacher_vocab = side("teacher", teacher, vocab_size)
-        if teacher_shape != shape:
-            raise ValueError(
-                f"student and teacher must have the same tokens: the student's batch has the shape {tuple(shape)}, "
-                f"the teacher's {tuple(teacher_shape)}"
-            )
+        check_same_tokens(shape, teacher_shape)
         check_same_vocab(vocab, teacher_vocab)
         check_same_device(student_side, teacher_side)
         if teacher_side.requires_grad and torch.is_grad_enabled():

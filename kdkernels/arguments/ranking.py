@@ -14,6 +14,7 @@ from kdkernels.arguments.rows import (
     Problem,
     active_rows,
     check_same_device,
+    check_same_tokens,
     check_same_vocab,
     side,
 )
@@ -89,11 +90,7 @@ def prepare_plackett_luce(
         ranks = order.shape[1]
     else:
         teacher, teacher_shape, teacher_vocab = side("teacher_or_order", teacher_or_order, vocab_size)
-        if teacher_shape != shape:
-            raise ValueError(
-                f"student and teacher must have the same tokens: the student's batch has the shape {tuple(shape)}, "
-                f"the teacher's {tuple(teacher_shape)}"
-            )
+        check_same_tokens(shape, teacher_shape)
         check_same_vocab(vocab, teacher_vocab)
         check_same_device(rows, teacher)
         dtype = compute_dtype(rows.tensor, teacher.tensor)

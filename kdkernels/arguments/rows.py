@@ -30,6 +30,7 @@ __all__ = [
     "active_rows",
     "check_memory_budget",
     "check_same_device",
+    "check_same_tokens",
     "check_same_vocab",
     "pair",
     "per_token",
@@ -158,6 +159,14 @@ def check_same_vocab(student_vocab: int, teacher_vocab: int) -> None:
         )
 
 
+def check_same_tokens(shape: torch.Size, teacher_shape: torch.Size) -> None:
+    if teacher_shape != shape:
+        raise ValueError(
+            f"student and teacher must have the same tokens: the student's batch has the shape {tuple(shape)}, "
+            f"the teacher's {tuple(teacher_shape)}"
+        )
+
+
 def check_same_device(student: Side, teacher: Side) -> None:
     device, teacher_device = student.tensor.device, teacher.tensor.device
     if teacher_device != device:
@@ -181,11 +190,7 @@ def pair(
     teacher_side = None
     if teacher is not None:
         teacher_side, teacher_shape, teacher_vocab = side("teacher", teacher, vocab_size)
-        if teacher_shape != shape:
-            raise ValueError(
-                f"student and teacher must have the same tokens: the student's batch has the shape {tuple(shape)}, "
-                f"the teacher's {tuple(teacher_shape)}"
-            )
+        check_same_tokens(shape, teacher_shape)
         if same_vocabulary:
             check_same_vocab(vocab, teacher_vocab)
         check_same_device(student_side, teacher_side)
