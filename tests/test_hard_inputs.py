@@ -140,6 +140,14 @@ def test_alpha_outside_the_unit_interval_saturates(case: Case) -> None:
         assert bool(result.isfinite().all())
 
 
+def test_subnormal_numbers_survive_outside_the_kernels() -> None:
+    """The kernels flush them to 0, and the threads they ran on go on as before."""
+    logits = torch.randn(64, 1031) * 30
+    kd.distillation_loss(logits, logits.roll(1, 0), reduction="none")
+    smallest = torch.full((100_000,), 1e-40)
+    assert torch.all(smallest * 0.5 > 0)
+
+
 @pytest.mark.parametrize(
     ("temperature", "teacher_temperature"),
     [(1e-3, 1e-3), (1e4, 1e4), (1e-3, 1e4), (1e4, 1e-3), (100.0, 1.0)],

@@ -147,6 +147,7 @@ void run(const RowProblem& problem) {
   const int64_t group = problem.vocab >= 16384 ? 1 : 16384 / problem.vocab + 1;
 #pragma omp parallel num_threads(problem.threads) if (problem.threads > 1)
   {
+    const FlushSubnormals flush;
 #pragma omp for schedule(dynamic, group)
     for (int64_t row = 0; row < problem.rows; ++row) {
       if (problem.active && !problem.active[row]) {

@@ -540,6 +540,7 @@ bool run(const RowProblem& problem) {
   int failed = 0;
 #pragma omp parallel num_threads(problem.threads) if (problem.threads > 1)
   {
+    const FlushSubnormals flush;
     void* memory = thread_scratch(bytes);
     if (!memory) {
 #pragma omp atomic write

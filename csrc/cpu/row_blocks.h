@@ -62,6 +62,25 @@ KD_INLINE uint16_t float_to_bfloat(float value) {
   return static_cast<uint16_t>(value != value ? 0x7FC0u : rounded);
 }
 
+// While it lives, arithmetic of this thread gives 0 in the place of subnormal numbers, which processors take a hundred times as
+// long for. Low temperatures make them by the row: products of probabilities near 2^-126. Subnormal inputs are read as they are.
+class FlushSubnormals {
+#if defined(__x86_64__)
+ public:
+  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | flush_to_zero); }
+  ~FlushSubnormals() { _mm_setcsr(before_); }
+  FlushSubnormals(const FlushSubnormals&) = delete;
+  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+
+ private:
+  static constexpr unsigned flush_to_zero = 0x8000;
+  unsigned before_;
+#else
+ public:
+  FlushSubnormals() {}  // not a trivial type, so that it may stand unused
+#endif
+};
+
 // Converts `n` entries from `source` to `block`.
 template <class Real>
 inline void convert_block(const void* source, DType dtype, int64_t n, Real* __restrict block) {

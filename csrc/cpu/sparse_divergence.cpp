@@ -401,6 +401,7 @@ bool run(SparseProblem& problem) {
   int64_t wrong_row = problem.rows;
 #pragma omp parallel num_threads(problem.threads) if (problem.threads > 1)
   {
+    const FlushSubnormals flush;
     void* memory = thread_scratch(bytes);
     if (!memory) {
 #pragma omp atomic write
