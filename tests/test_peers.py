@@ -1,8 +1,10 @@
-"""The losses that others wrote: PyTorch's own, and SciPy's where it is installed."""
+"""The losses that others wrote: PyTorch's own, SciPy's where it is installed, and torchdistill's."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -113,3 +115,44 @@ def test_scipy_distances(pair: tuple[Tensor, Tensor]) -> None:
     distance, (student, teacher) = scipy_module("spatial.distance"), probabilities(pair)
     blocks = [distance.cityblock(q, p) for q, p in zip(student.numpy(), teacher.numpy(), strict=True)]
     equal(rows(*pair, kd.TVD()), 0.5 * torch.tensor(blocks, dtype=torch.float64))
+
+
+def torchdistill_losses() -> list[Any]:
+    """(name in torchdistill, its arguments, ours)."""
+    paths = ("x", "output", "x", "output")
+    tempered = {"temperature": 4.0, "alpha": 0.1, "beta": 0.9}
+
+    def hinton(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        soft = kd.distillation_loss(student, teacher, temperature=4.0, temperature_squared=True)
+        return 0.9 * soft - 0.1 * kd.token_log_probs(student, labels).mean()
+
+    def standardised(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        soft = kd.losses.LogitStd(4.0, weight=0.9)(student, teacher)
+        return soft - 0.1 * kd.token_log_probs(student, labels).mean()
+
+    def correlations(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        return kd.losses.DIST(1.5, 0.5, eps=1e-15)(student, teacher)
+
+    return [
+        pytest.param("KDLoss", paths, tempered, hinton, id="KD"),
+        pytest.param("LogitStdKDLoss", paths, tempered, standardised, id="LogitStd"),
+        pytest.param("DISTLoss", paths, {"beta": 1.5, "gamma": 0.5, "eps": 1e-15}, correlations, id="DIST"),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "paths", "options", "ours"), torchdistill_losses())
+def test_torchdistill(
+    name: str, paths: tuple[str, ...], options: dict[str, float], ours: Callable[..., Tensor]
+) -> None:
+    peer = getattr(pytest.importorskip("torchdistill.losses.mid_level"), name)(*paths, **options)
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 9, 31, generator=generator, dtype=torch.float64) * 3
+    labels = torch.randint(31, (9,), generator=generator)
+    found, expected = [], []
+    for loss, kept in ((ours, found), (lambda s, t, y: peer({"x": {"output": s}}, {"x": {"output": t}}, y), expected)):
+        leaf = student.clone().requires_grad_()
+        value = loss(leaf, teacher, labels)
+        kept += [value.detach(), *torch.autograd.grad(value, leaf)]
+    # Its standard deviation has 1e-7 added.
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
