@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ALL", "KEYS", "PENDING"]
+__all__ = ["ALL", "KEYS"]
 
 KEYS: dict[str, list[str]] = {
     chapter: keys.split()
@@ -29,8 +29,5 @@ KEYS: dict[str, list[str]] = {
         "I": "hyper_sd boot msd_diffusion disback cat_adapter_training krr_st expert_trajectory_dd",
     }.items()
 }
-
-PENDING: frozenset[str] = frozenset()
-"""Keys whose entries are not written yet; empty when all are."""
 
 ALL = [key for keys in KEYS.values() for key in keys]

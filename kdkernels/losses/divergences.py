@@ -28,7 +28,7 @@ from kdkernels.divergences import (
 )
 from kdkernels.functional import distillation_loss, token_log_probs, token_statistics
 from kdkernels.losses.registry import register
-from kdkernels.losses.sequences import IGNORED, detached, mean_over, tensor_of, with_tensor
+from kdkernels.losses.sequences import counted_labels, detached, mean_over, tensor_of, with_tensor
 from kdkernels.losses.targets import label_mixed, swapped_with_label
 from kdkernels.reference.rows import composed_logits, side_logits
 from kdkernels.sources import Coefficient, DenseTeacher, LMHead, LogitMixture, Source
@@ -58,9 +58,10 @@ __all__ = [
 def counted_tokens(student: Source, labels: Tensor | None, mask: Tensor | None) -> Tensor:
     """How many tokens count, at least 1, as a 0-d tensor."""
     tensor = tensor_of("student", student)
-    counted = torch.ones(tensor.shape[:-1], dtype=torch.bool, device=tensor.device) if mask is None else mask
     if labels is not None:
-        counted = counted & (labels != IGNORED)
+        counted = counted_labels(labels, mask)
+    else:
+        counted = torch.ones(tensor.shape[:-1], dtype=torch.bool, device=tensor.device) if mask is None else mask
     return counted.sum().clamp(min=1)
 
 
@@ -97,7 +98,7 @@ def weighted_loss(
 
 def hard_loss(student: Source, labels: Tensor, mask: Tensor | None = None, backend: str | None = None) -> Tensor:
     """The mean cross-entropy of the labels that count, at temperature 1."""
-    counted = labels != IGNORED if mask is None else mask & (labels != IGNORED)
+    counted = counted_labels(labels, mask)
     return -mean_over(token_log_probs(student, labels, mask=mask, backend=backend), counted)
 
 

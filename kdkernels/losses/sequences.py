@@ -16,6 +16,7 @@ __all__ = [
     "batch_of",
     "check_ids",
     "check_mask",
+    "counted_labels",
     "cross_entropy",
     "detached",
     "mean_over",
@@ -92,6 +93,12 @@ def check_mask(name: str, mask: Tensor | None, like: Tensor) -> Tensor:
     if mask.shape != like.shape:
         raise ValueError(f"{name} must have the shape {tuple(like.shape)}, got {tuple(mask.shape)}")
     return mask
+
+
+def counted_labels(labels: Tensor, mask: Tensor | None) -> Tensor:
+    """Which tokens count: those with a label, where the mask, if any, is True."""
+    given = labels != IGNORED
+    return given if mask is None else mask & given
 
 
 def mean_over(values: Tensor, counted: Tensor, dim: int | None = None) -> Tensor:

@@ -20,7 +20,7 @@ from kdkernels.checks import (
 )
 from kdkernels.functional import distillation_loss, token_log_probs, topk_logits, unpack
 from kdkernels.losses.registry import register
-from kdkernels.losses.sequences import IGNORED, detached, mean_over
+from kdkernels.losses.sequences import IGNORED, counted_labels, detached, mean_over
 from kdkernels.reference.rows import effective_logits
 from kdkernels.sources import PackedLogits, SampledLogits, Source, SparseTeacher, TopKLogits
 from kdkernels.weighting.schedules import LogarithmicDecay
@@ -132,7 +132,7 @@ def distilled_and_labelled(
     """``share KL + (1 - share) CE``, the mean over the tokens that count, in one sweep."""
     if share == 0:
         nll = -token_log_probs(student, labels, mask=mask, backend=backend)
-        return mean_over(nll, counted_tokens(labels, mask))
+        return mean_over(nll, counted_labels(labels, mask))
     loss = distillation_loss(
         student,
         teacher,
@@ -145,10 +145,6 @@ def distilled_and_labelled(
         backend=backend,
     )
     return share * loss
-
-
-def counted_tokens(labels: Tensor, mask: Tensor | None) -> Tensor:
-    return labels != IGNORED if mask is None else mask & (labels != IGNORED)
 
 
 def blank_rows(kept: Tensor) -> Tensor:
@@ -396,7 +392,7 @@ class PretrainingDistillation(nn.Module):
             known = torch.zeros_like(labels, dtype=loss.dtype) if target.entropy is None else target.entropy
         else:
             known = entropy(self.renormalised(target))
-        return loss + share * mean_over(known.to(loss.dtype), counted_tokens(labels, mask))
+        return loss + share * mean_over(known.to(loss.dtype), counted_labels(labels, mask))
 
     def renormalised(self, teacher: TopKLogits) -> Tensor:
         """log F ``[..., K]``, 0 entries where a token has none."""
@@ -412,7 +408,7 @@ class PretrainingDistillation(nn.Module):
                 "teacher must be kd.TopKLogits or kd.PackedLogits with the objective 'mse', got SampledLogits"
             )
         target = with_tail(teacher, "renormalize")
-        counted = counted_tokens(labels, mask)
+        counted = counted_labels(labels, mask)
         q = log_probs_at(student, target.ids.masked_fill(~counted.unsqueeze(-1), -1)).exp()
         error = (self.renormalised(target).exp().to(q.dtype) - q).square().sum(-1)
         nll = -token_log_probs(student, labels, mask=mask, backend=self.backend)
@@ -475,7 +471,7 @@ class TopKUniform(nn.Module):
         )
         known = uniform_tail_entropy(target)
         scale = self.weight * (self.temperature**2 if self.temperature_squared else 1.0)
-        return loss + scale * mean_over(known.to(loss.dtype), counted_tokens(labels, None))
+        return loss + scale * mean_over(known.to(loss.dtype), counted_labels(labels, None))
 
     def target(self, teacher: Source, labels: Tensor) -> TopKLogits:
         _, _, vocab = side("teacher", teacher, None)
