@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from against_forward_kl import measure_against_forward_kl
 from reporting import SideBySide
 from torch import Tensor
 from torch.nn import functional
@@ -111,22 +112,14 @@ def test_against_forward_kl_and_plain_pytorch(side_by_side: SideBySide, name: st
     labels = torch.randint(VOCAB, (TOKENS,), generator=generator)
     loss = LOSSES[name]
 
-    def step(function: Loss) -> Callable[[], None]:
-        def run() -> None:
-            student.grad = None
-            function(student, teacher, labels).backward()
-
-        return run
-
     values = [function(student, teacher, labels).item() for function in (loss.ours, loss.eager)]
     assert values[0] == pytest.approx(values[1], rel=1e-4)
-    calls = {
-        f"kdkernels {name}": step(loss.ours),
-        "kdkernels forward KL": step(lambda s, t, _: kd.distillation_loss(s, t)),
-        f"eager {name}": step(loss.eager),
-    }
-    title = f"{name}, forward+backward: {TOKENS} tokens × {VOCAB:,}, float32, cpu"
-    columns = {"operation": name, "tokens": TOKENS, "vocab": VOCAB, "dtype": "float32", "device": "cpu"}
-    side_by_side.measure(title, calls, rounds=7, columns=columns)
-    side_by_side.ratio(f"{name} in forward KL", f"kdkernels {name}", "kdkernels forward KL", loss.bound)
-    side_by_side.ratio(f"{name}: eager in ours", f"eager {name}", f"kdkernels {name}", 4, at_least=True)
+    measure_against_forward_kl(
+        side_by_side,
+        name,
+        student,
+        teacher,
+        lambda: loss.ours(student, teacher, labels),
+        lambda: loss.eager(student, teacher, labels),
+        loss.bound,
+    )

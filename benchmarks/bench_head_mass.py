@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from against_forward_kl import measure_against_forward_kl
 from reporting import SideBySide
 from torch import Tensor
 
@@ -13,7 +14,6 @@ import kdkernels as kd
 from kdkernels.benchmarking.workloads import MODELS
 
 ROWS, VOCAB = 256, MODELS["qwen3"].vocab
-FORWARD = "forward KL"
 
 
 def eager_akl(student: Tensor, teacher: Tensor) -> Tensor:
@@ -47,20 +47,7 @@ def test_losses(side_by_side: SideBySide, name: str) -> None:
     student, teacher = 2.5 * torch.randn(2, ROWS, VOCAB, generator=generator)
     student.requires_grad_()
 
-    def with_gradient(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], object]:
-        def call() -> object:
-            value = loss(student, teacher)
-            return value, torch.autograd.grad(value, student)
-
-        return call
-
     ours, eager = LOSSES[name]
-    calls = {name: with_gradient(ours), FORWARD: with_gradient(kd.distillation_loss), "eager": with_gradient(eager)}
-    side_by_side.measure(
-        f"{name}, forward+backward: {ROWS} tokens × {VOCAB:,}, float32, cpu",
-        calls,
-        rounds=5,
-        columns={"operation": name, "tokens": ROWS, "vocab": VOCAB, "dtype": "float32", "device": "cpu"},
+    measure_against_forward_kl(
+        side_by_side, name, student, teacher, lambda: ours(student, teacher), lambda: eager(student, teacher), 2.5
     )
-    side_by_side.ratio(f"{name} in the fused forward KL", name, FORWARD, 2.5)
-    side_by_side.ratio(f"eager in {name}", "eager", name, 4, at_least=True)

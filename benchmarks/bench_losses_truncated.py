@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from against_forward_kl import measure_against_forward_kl
 from reporting import SideBySide
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -14,7 +15,6 @@ import kdkernels as kd
 from kdkernels import losses
 
 TOKENS, VOCAB = 256, 151_936
-FUSED, EAGER = "forward KL, fused", "formula in PyTorch"
 
 
 def problem() -> tuple[Tensor, Tensor, Tensor]:
@@ -66,21 +66,5 @@ def test_loss(side_by_side: SideBySide, name: str) -> None:
     student, teacher, labels = problem()
     ours, eager = cases(student, teacher, labels)[name]
 
-    def step(loss: Callable[[], Tensor]) -> Callable[[], None]:
-        def call() -> None:
-            student.grad = None
-            loss().backward()
-
-        return call
-
-    calls = {
-        f"kdkernels {name}": step(ours),
-        FUSED: step(lambda: kd.distillation_loss(student, teacher)),
-        EAGER: step(eager),
-    }
-    title = f"{name}, forward and backward: {TOKENS} tokens × {VOCAB:,}, float32, cpu"
-    columns = {"operation": name, "tokens": TOKENS, "vocab": VOCAB, "dtype": "float32", "device": "cpu"}
-    side_by_side.measure(title, calls, rounds=7, columns=columns)
-    sweeps_of_the_teacher = 2.5 if name == "TopKUniform" else 1.5
-    side_by_side.ratio(f"{name} in the fused forward KL", f"kdkernels {name}", FUSED, sweeps_of_the_teacher)
-    side_by_side.ratio(f"{name}: plain PyTorch in ours", EAGER, f"kdkernels {name}", 4, at_least=True)
+    bound = 2.5 if name == "TopKUniform" else 1.5  # which sweeps over the teacher first
+    measure_against_forward_kl(side_by_side, name, student, teacher, ours, eager, bound)

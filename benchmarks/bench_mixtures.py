@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from against_forward_kl import measure_against_forward_kl
 from reporting import SideBySide
 from torch import Tensor
 
 import kdkernels as kd
 
 ROWS, VOCAB = 256, 151_936
-FUSED = "kdkernels forward KL"
 
 
 class Mixture(NamedTuple):
@@ -66,28 +66,11 @@ def test_mixture(side_by_side: SideBySide, name: str) -> None:
     student = torch.randn(ROWS, VOCAB, generator=generator, requires_grad=True)
     sources = [torch.randn(ROWS, VOCAB, generator=generator) for _ in range(mixture.sources)]
 
-    def ours() -> None:
-        student.grad = None
-        kd.distillation_loss(student, mixture.make(student, sources)).backward()  # type: ignore[no-untyped-call]
+    def ours() -> Tensor:
+        return kd.distillation_loss(student, mixture.make(student, sources))
 
-    def fused() -> None:
-        student.grad = None
-        kd.distillation_loss(student, sources[0]).backward()  # type: ignore[no-untyped-call]
-
-    def eager() -> None:
-        student.grad = None
+    def eager() -> Tensor:
         log_q, log_p = student.log_softmax(-1), mixture.eager(student, sources)
-        torch.nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True).backward()  # type: ignore[no-untyped-call]
+        return torch.nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
-    calls: dict[str, Callable[[], object]] = {f"kdkernels {name}": ours, FUSED: fused, "PyTorch, eager": eager}
-    columns: dict[str, str | int] = {
-        "operation": "mixture",
-        "tokens": ROWS,
-        "vocab": VOCAB,
-        "dtype": "float32",
-        "device": "cpu",
-    }
-    title = f"{name}, forward + backward: {ROWS} tokens × {VOCAB:,}, float32, cpu"
-    side_by_side.measure(title, calls, rounds=7, columns=columns)
-    side_by_side.ratio(f"{name} in forward KL", f"kdkernels {name}", FUSED, mixture.bound)
-    side_by_side.ratio(f"eager in {name}", "PyTorch, eager", f"kdkernels {name}", 4, at_least=True)
+    measure_against_forward_kl(side_by_side, name, student, sources[0], ours, eager, mixture.bound)
