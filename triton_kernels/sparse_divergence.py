@@ -44,7 +44,7 @@ from .online_softmax import (
     tile_columns,
 )
 
-# The numbering is shared with kdkernels/backends/sparse_rows.py and csrc/cpu/problem.h.
+# The numbering is shared with kdkernels/backends/sparse_rows.py and csrc/problem.h.
 BUCKET = tl.constexpr(0)
 RENORMALIZE = tl.constexpr(1)
 UNIFORM = tl.constexpr(2)  # the forward KL and the soft cross-entropy alone

@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/problem.h"
+#include "problem.h"
 #include "cpu/relation.h"
 
 namespace kd {

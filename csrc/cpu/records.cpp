@@ -5,7 +5,7 @@
 #include <atomic>
 #include <utility>
 
-#include "cpu/problem.h"
+#include "problem.h"
 
 namespace kd::KD_ISA {
 namespace {

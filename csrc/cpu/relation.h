@@ -1,7 +1,7 @@
 // What the Python side hands to the family `relation`: see kdkernels/backends/cpu/relation.py.
 #pragma once
 
-#include "cpu/problem.h"
+#include "problem.h"
 
 namespace kd {
 

@@ -10,7 +10,7 @@
 #include <limits>
 #include <memory>
 
-#include "cpu/problem.h"
+#include "problem.h"
 #include "math/elementary.h"
 
 // Vectors wider than the instruction set's are passed between functions of one translation unit only.

@@ -1,4 +1,4 @@
-// What the Python side hands to the CPU kernels: addresses, sizes and options, already checked.
+// What the Python side hands to the kernels: addresses, sizes and options, already checked.
 #pragma once
 
 #include <cstdint>

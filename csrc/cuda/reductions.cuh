@@ -1,0 +1,51 @@
+// Sums and online softmax states over the threads of a block, in a fixed order: results repeat bit by bit.
+#pragma once
+
+#include "cuda/platform.cuh"
+
+namespace kd::cuda {
+
+// The maximum of what has been seen, and the sum of 2^((x - max) * scale).
+template <class Real>
+struct Online {
+  Real max;
+  Real sum;
+};
+
+// `a` and `b` as one state: the shifts say by which powers of two what was relative to them falls.
+template <class Real>
+__device__ __forceinline__ Real merged_max(Real a, Real b) {
+  return a > b || a != a ? a : b;
+}
+
+template <class Real>
+__device__ __forceinline__ Online<Real> merged(Online<Real> a, Online<Real> b, Real scale) {
+  const Real max = merged_max(a.max, b.max);
+  return {max, a.sum * KD_ISA::math::exp2((a.max - max) * scale) + b.sum * KD_ISA::math::exp2((b.max - max) * scale)};
+}
+
+// The combination of a value of every thread, known to all of them. `scratch` holds one value per warp, and is free again
+// after the next block barrier. The number of threads is a multiple of 32.
+template <class Value, class Combine>
+__device__ __forceinline__ Value over_block(Value value, SharedView<Value> scratch, Combine combine) {
+  for (int distance = warp_lanes / 2; distance; distance /= 2)
+    value = combine(value, combine.shuffled(value, distance));
+  const int warps = static_cast<int>(blockDim.x) / warp_lanes;
+  if (warps == 1) return value;
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread % warp_lanes == 0) scratch[thread / warp_lanes] = value;
+  __syncthreads();
+  Value total = scratch[0];
+  for (int i = 1; i < warps; ++i) total = combine(total, static_cast<Value>(scratch[i]));
+  return total;
+}
+
+template <class Real>
+struct Add {
+  __device__ __forceinline__ Real operator()(Real a, Real b) const { return a + b; }
+  __device__ __forceinline__ Real shuffled(Real value, int distance) const {
+    return __shfl_xor_sync(full_warp, value, distance);
+  }
+};
+
+}  // namespace kd::cuda
