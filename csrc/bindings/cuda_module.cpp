@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "bindings/divergence.h"
+#include "bindings/topk.h"
 #include "cuda/kernels.h"
 
 #if defined(KD_EMULATED)
@@ -80,4 +81,6 @@ PYBIND11_MODULE(KD_MODULE_NAME, module) {
   module.attr("SAVED_STATISTICS") = cuda::saved_statistics;
   module.def("divergence_forward", &divergence<Device, &on_gpu<&cuda::divergence_forward, RowProblem>>);
   module.def("divergence_backward", &divergence<Device, &on_gpu<&cuda::divergence_backward, RowProblem>>);
+  module.def("topk", &topk<Device, &on_gpu<&cuda::topk, TopKProblem>>);
+  module.def("sample", &sample<Device, &on_gpu<&cuda::sample, SampleProblem>>);
 }

@@ -14,4 +14,7 @@ constexpr int saved_statistics = 9;
 std::string divergence_forward(const RowProblem& problem, void* stream);
 std::string divergence_backward(const RowProblem& problem, void* stream);
 
+std::string topk(const TopKProblem& problem, void* stream);
+std::string sample(const SampleProblem& problem, void* stream);
+
 }  // namespace kd::cuda

@@ -11,6 +11,7 @@ from kdkernels.backends.cuda.divergence import (
     divergence_fused,
 )
 from kdkernels.backends.cuda.launching import status, supports
+from kdkernels.backends.cuda.topk import sample, topk
 
 __all__ = [
     "FAMILIES",
@@ -18,9 +19,11 @@ __all__ = [
     "divergence_backward",
     "divergence_forward",
     "divergence_fused",
+    "sample",
     "status",
     "supports",
+    "topk",
 ]
 
-FAMILIES = ("divergence", "linear_divergence", "relation", "token_set")
+FAMILIES = ("divergence", "linear_divergence", "relation", "token_set", "topk")
 """The kernel families that this backend serves."""
