@@ -12,7 +12,7 @@ import importlib.util
 import warnings
 from typing import Any, NamedTuple
 
-__all__ = ["BackendStatus", "backends", "row_backend", "select"]
+__all__ = ["BackendStatus", "backends", "row_backend", "select", "serves"]
 
 NAMES = ("reference", "cpu", "triton")
 HAVE_TOTAL = ("cpu",)
@@ -48,6 +48,11 @@ def backends() -> dict[str, BackendStatus]:
 def row_backend(name: str) -> Any:
     """The module of a row backend; it imports without what the backend needs."""
     return importlib.import_module(f"kdkernels.backends.{name}")
+
+
+def serves(name: str, family: str) -> tuple[bool, str]:
+    """Whether a backend computes a kernel family, and the reason why not. The kernels of all backends so far do."""
+    return True, ""
 
 
 @functools.cache
