@@ -6,6 +6,8 @@ import contextlib
 import csv
 import json
 import math
+import re
+import shlex
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -226,3 +228,21 @@ def test_a_failed_stage_is_an_exit_status(tmp_path: Path, monkeypatch: pytest.Mo
     assert "to send back: " in result.output
     with zipfile.ZipFile(next(tmp_path.glob("*.zip"))) as file:
         assert [one["exit_status"] for one in json.loads(file.read("summary.json"))] == [0, 0, 1, 0]
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "first_gpu_run.md"
+COMMANDS = re.findall(r"^kdkernels .*$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_the_page_has_every_command() -> None:
+    assert {shlex.split(command)[1] for command in COMMANDS} == {"info", "check", "tune", "bench", "validate-gpu"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_page_can_be_pasted(command: str) -> None:
+    arguments = shlex.split(command, comments=True)[1:]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == (0 if arguments[0] == "info" else 2)
+    if result.exit_code:
+        assert "finds no CUDA or ROCm device here" in result.output
