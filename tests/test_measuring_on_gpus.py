@@ -139,6 +139,13 @@ def test_plain_pytorch_computes_the_same(operation: Operation, dtype: torch.dtyp
         assert workload.gradient_bytes == answers[OURS][1].nbytes
 
 
+@pytest.mark.parametrize("vocab", [1, 2])
+@pytest.mark.parametrize("operation", OTHERS, ids=lambda one: one.value)
+def test_the_smallest_workloads(operation: Operation, vocab: int) -> None:
+    workload = Workload(operation, kd.ForwardKL(), 1, vocab, 0, 0)
+    assert math.isfinite(float(CONTENDERS[OURS].prepare(workload, workload.inputs())()[0]))
+
+
 @pytest.mark.parametrize("operation", Operation, ids=lambda one: one.value)
 def test_workloads_describe_themselves(operation: Operation) -> None:
     workload = Workload(operation, kd.ForwardKL(), 256, 1000, 8, 8)

@@ -111,6 +111,20 @@ def test_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert table.folder() == Path("/home/somebody/.cache/kdkernels/tuning")
 
 
+def test_a_user_without_a_home_is_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("KDKERNELS_TUNING_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert loaded() == {}
+    for option in ("--show", "--clear"):
+        result = CliRunner().invoke(app, ["tune", option])
+        assert result.exit_code == 1
+        assert "KDKERNELS_TUNING_DIR names another" in result.output
+
+
 def test_tuning_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     table.store(DEVICE, [entry()])
     monkeypatch.setenv("KDKERNELS_TUNING", "0")
@@ -272,6 +286,26 @@ def test_a_kernel_that_does_not_run_is_not_tuned(monkeypatch: pytest.MonkeyPatch
     outcome = measurement.tune(JOB, 0.0, clock=clock_by(lambda sizes: 1.0))
     assert outcome.problem == "RuntimeError: nothing works"
     assert outcome.entry is None
+
+
+def test_a_candidate_that_writes_nothing_does_not_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measurement, "device_of", lambda tensor: launching.Device("fake", "sm_90", 32))
+
+    def work(student: torch.Tensor, teacher: torch.Tensor) -> measurement.Work:
+        gradient, ids = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
+
+        def run() -> measurement.Answer:
+            if launching.TRIALS["bernoulli"].threads == 256:
+                gradient.fill_(1)
+                ids.fill_(2)
+            return gradient, ids
+
+        return run
+
+    monkeypatch.setitem(measurement.WORK, "bernoulli", work)
+    outcome = measurement.tune(JOB, 0.0, clock=clock_by(lambda sizes: float(sizes.threads)))
+    assert {sizes.threads for sizes in outcome.seconds} == {256}
+    assert set(outcome.skipped.values()) == {"it computes something else: relative error inf"}
 
 
 def test_answers_are_compared_row_by_row() -> None:

@@ -1,5 +1,6 @@
 """How rows of logits and matrices of costs are cut into tiles: sizes and warps for a launch, from sizes and dtypes."""
 
+import functools
 from dataclasses import dataclass
 
 VECTOR_BYTES = 16  # the widest load of one thread: 128 bits
@@ -86,6 +87,7 @@ class Tiling:
     num_warps: int
 
 
+@functools.lru_cache(maxsize=1024)  # asked at every launch
 def choose_tiling(
     vocab_size: int,
     largest_itemsize: int,

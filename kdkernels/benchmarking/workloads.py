@@ -127,7 +127,7 @@ class Workload:
             student, teacher = normal(self.tokens, self.vocab), normal(self.tokens, self.vocab)
             return Inputs(student.requires_grad_(self.operation is Operation.DENSE), teacher)
         if self.operation is Operation.STORED:
-            k = min(TOP, self.vocab - 1)
+            k = max(1, min(TOP, self.vocab - 1))
             log_probs = normal(self.tokens, k + 1, 3.0).float().log_softmax(-1)[:, :k].contiguous()
             # All over the vocabulary and in no order, which is the most work.
             places = torch.rand(self.tokens, k, generator=generator, device=self.device).argsort(-1)

@@ -63,7 +63,10 @@ def run_tune(
         typer.echo(json.dumps({"removed": removed}) if as_json else "\n".join(lines))
         return
     if show:
-        show_kept(as_json)
+        try:
+            show_kept(as_json)
+        except OSError as error:
+            fail(str(error), 1)
         return
     device = check_device(device)
     able, reason = row_backend("triton").supports(torch.device(device).type)

@@ -108,7 +108,8 @@ def tune(
             return work()
 
     try:
-        expected = tuple(part.clone() for part in call(default))
+        answer = call(default)
+        expected = tuple(part.clone() for part in answer)
     except Exception as error:  # noqa: BLE001 - whatever the device has against it is why there is nothing to tune
         outcome.problem = first_line(error)
         return outcome
@@ -116,15 +117,18 @@ def tune(
     for sizes in candidate_sizes(job.kernel, device.warp_size):
         if sizes == default:
             continue
+        for part in answer:  # what a candidate does not write must not look right
+            part.fill_(torch.nan if part.is_floating_point() else -1)
         try:
-            difference = disagreement(call(sizes), expected)
+            answer = call(sizes)
+            difference = disagreement(answer, expected)
         except Exception as error:  # noqa: BLE001 - a device may refuse some sizes
             difference = first_line(error)
         if difference:
             outcome.skipped[sizes] = difference
         else:
             calls[sizes] = functools.partial(call, sizes)
-    del expected
+    del answer, expected
     samples = clock(calls)
     outcome.seconds = {sizes: statistics.median(times) for sizes, times in samples.items()}
     outcome.ratios = {sizes: median_ratio(times, samples[default]) for sizes, times in samples.items()}

@@ -71,12 +71,19 @@ def enabled() -> bool:
 
 
 def folder() -> Path:
-    """``KDKERNELS_TUNING_DIR``, or ``kdkernels/tuning`` in the user's cache folder (XDG Base Directory Specification)."""
+    """``KDKERNELS_TUNING_DIR``, or ``kdkernels/tuning`` in the user's cache folder (XDG Base Directory Specification).
+
+    Raises:
+        OSError: the user has no home.
+    """
     chosen = os.environ.get("KDKERNELS_TUNING_DIR")
     if chosen:
         return Path(chosen)
     cache = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "kdkernels" / "tuning"
+    try:
+        return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "kdkernels" / "tuning"
+    except (KeyError, RuntimeError):  # a container's user who is in no list
+        raise OSError("the user has no home folder; KDKERNELS_TUNING_DIR names another") from None
 
 
 def file_of(device: TuneableDevice) -> Path:
@@ -91,7 +98,10 @@ def load(device: TuneableDevice) -> dict[Key, LaunchSizes]:
     """What was stored for this very device; nothing, and a warning, if its file cannot be used."""
     if not enabled():
         return {}
-    path = file_of(device)
+    try:
+        path = file_of(device)
+    except OSError:
+        return {}
     try:
         measured, entries = read(path)
     except FileNotFoundError:
