@@ -8,6 +8,8 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any
 
+from kdkernels.triton_kernels.tiling import LaunchSizes
+
 VOCABULARY = 151_936
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -15,6 +17,8 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+OLDER = {"sm_75": ("cuda", 75, 32)}
+"""Not refused, and compiled for once."""
 ITEMSIZE = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 KERNELS = {
     "divergence_forward": "divergence",
@@ -92,7 +96,8 @@ class Compiled:
     """Exchanges between threads inside the loops over the vocabulary; None: not looked for on this target."""
 
 
-def compile_case(case: Case) -> Compiled:
+def compile_case(case: Case, sizes: LaunchSizes | None = None) -> Compiled:
+    """With the default launch sizes, or others."""
     import importlib
 
     import triton
@@ -103,8 +108,8 @@ def compile_case(case: Case) -> Compiled:
 
     module = importlib.import_module(f"kdkernels.triton_kernels.{KERNELS[case.kernel]}")
     kernel = getattr(module, f"{case.kernel}_kernel")
-    target = GPUTarget(*TARGETS[case.target])
-    tiling = choose_tiling(VOCABULARY, ITEMSIZE[case.dtype], case.aligned, target.warp_size)
+    target = GPUTarget(*(TARGETS | OLDER)[case.target])
+    tiling = choose_tiling(VOCABULARY, ITEMSIZE[case.dtype], case.aligned, target.warp_size, sizes=sizes)
     compute = "fp64" if case.dtype == "fp64" else "fp32"
     constants = {
         "KIND": case.kind,
