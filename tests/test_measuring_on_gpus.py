@@ -225,6 +225,7 @@ def test_every_stage_is_a_command_that_exists(tmp_path: Path, monkeypatch: pytes
         assert operation.value in wanted[-1].command
 
 
+@needs_native
 def test_a_failed_stage_is_an_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validate_gpu, "check_device", lambda device: "cpu")
     monkeypatch.setattr(
