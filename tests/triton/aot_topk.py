@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import aot
+from gpu_report.objects import read_resources
 
 KERNELS = ("topk", "block_sums", "draw")
 NUMBERS = ("temperature", "softcap")
@@ -65,8 +66,7 @@ def spilled_bytes(case: Case) -> int:
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs, attributes), target=target, options={"num_warps": PICKING_WARPS}
     )
-    read = aot._read_cuda if target.backend == "cuda" else aot._read_hip
-    return int(read(compiled.asm)["spilled_bytes"])
+    return read_resources(compiled).spilled_bytes
 
 
 def specialisations(kernel: str, calls: list[dict[str, Any]]) -> list[str]:
