@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 from .objects import Loop, Resources, cuda_loops, hip_loops, read_resources
@@ -38,6 +38,12 @@ class Launch:
     def key(self) -> str:
         """Launches of equal keys share one compiled kernel."""
         return f"{self.kernel} {self.source.signature} {self.source.constants} {self.source.attrs} {self.options}"
+
+
+class AbsentGpu(NamedTuple):
+    name: str
+    architecture: str
+    warp_size: int
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,8 @@ def recorded(target: str) -> Iterator[list[Launch]]:
     with (
         mock.patch.object(triton.JITFunction, "run", record),
         mock.patch.object(launching, "is_hip", return_value=gpu.backend == "hip"),
+        # Where the backend finds tensors of the CPU, and what it chooses launch sizes for.
+        mock.patch.object(launching, "INTERPRETER", AbsentGpu(target, target, gpu.warp_size), create=True),
     ):
         yield launches
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .calls import CALLS
-from .compilation import TARGETS
 from .hardware import DEVICES, LATENCY
 from .peers import PeerTraffic
 from .tables import KernelRow, ModelRow, TrafficRow
@@ -17,6 +16,11 @@ __all__ = ["measured", "page"]
 TARGET_BYTES = {"fp32": 26, "bf16": 13}
 """Of JSD, forward and backward, per logit position."""
 TARGET_RATIO = 1.15
+
+
+def prose(text: str) -> str:
+    """A paragraph, however it is broken here."""
+    return " ".join(text.split())
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
@@ -48,11 +52,10 @@ def page(
 ) -> str:
     parts = [
         "# The GPU kernels, without a GPU",
-        (
-            "Written by `make gpu-report`. **No GPU was used for anything on this page**, but where a column is "
-            "headed *measured*. "
-            "Compiled code and counts are facts; times are a model of them and no measurement."
-        ),
+        prose("""
+            Written by `make gpu-report`. **No GPU was used for anything on this page**, but where a column is
+            headed *measured*. Compiled code and counts are facts; times are a model of them and no measurement.
+        """),
     ]
     if quick:
         parts.append("**This page was written with `--quick`: most of the matrix is missing.**")
@@ -111,34 +114,36 @@ def spills(kernels: Sequence[KernelRow]) -> list[str]:
         )
     else:
         parts.append(
-            "CUDA kernels choose block size and dynamic shared memory at launch; their occupancy is that of 256 "
-            "threads and static shared memory alone."
+            prose("""
+                CUDA kernels choose block size and dynamic shared memory at launch; their occupancy is that of 256
+                threads and static shared memory alone; local memory that a source asks for counts as spilled.
+            """)
         )
     return parts
 
 
 def resources(kernels: Sequence[KernelRow]) -> list[str]:
-    """Per kernel and architecture the version with most registers, of all calls and dtypes."""
-    largest: dict[tuple[str, str], KernelRow] = {}
-    for row in kernels:
-        if row.language == "Triton" and (
-            (row.kernel, row.target) not in largest or row.occupancy < largest[row.kernel, row.target].occupancy
-        ):
-            largest[row.kernel, row.target] = row
-    rows = []
-    for kernel in dict.fromkeys(name for name, _ in largest):
-        cells = [largest.get((kernel, target)) for target in TARGETS]
-        rows.append((f"`{kernel}`", *(f"{cell.registers}, {cell.occupancy:.0%}" if cell else "–" for cell in cells)))
-    return [
+    parts = [
         "## Registers and occupancy",
-        (
-            "Registers of a thread and the share of a multiprocessor's warps that fit at once: of each kernel's "
-            "versions the one that "
-            "leaves most room empty. All of them, with shared memory and what limits them: "
-            "[gpu/kernels.csv](gpu/kernels.csv)."
-        ),
-        table(("kernel", *TARGETS), rows),
+        prose("""
+            Registers of a thread and the share of a multiprocessor's warps that fit at once: of each kernel's
+            versions the one that leaves most room empty. All of them, with shared memory and what limits them:
+            [gpu/kernels.csv](gpu/kernels.csv).
+        """),
     ]
+    for language in dict.fromkeys(row.language for row in kernels):
+        rows = [row for row in kernels if row.language == language]
+        targets = list(dict.fromkeys(row.target for row in rows))
+        lines = []
+        for kernel in dict.fromkeys(row.kernel for row in rows):
+            cells = [f"`{kernel}`"]
+            for target in targets:
+                versions = [row for row in rows if (row.kernel, row.target) == (kernel, target)]
+                fullest = min(versions, key=lambda row: row.occupancy, default=None)
+                cells.append(f"{fullest.registers}, {fullest.occupancy:.0%}" if fullest else "–")
+            lines.append(cells)
+        parts.append(table((f"{language} kernel", *targets), lines))
+    return parts
 
 
 def byte_counts(traffic: Sequence[TrafficRow]) -> list[str]:
@@ -175,11 +180,12 @@ def byte_counts(traffic: Sequence[TrafficRow]) -> list[str]:
             )
     return [
         "## Bytes per logit",
-        "Loaded and stored per position of the logits, the student's gradient included, caches not counted. "
-        "Divergences without a "
-        "one-sweep form (JSD and its kind) read both rows twice in the forward; the second sweep goes backwards, so "
-        "that it begins "
-        "with what the caches still hold, of which these figures know nothing."
+        prose("""
+            Loaded and stored per position of the logits, the student's gradient included, caches not counted.
+            Divergences without a one-sweep form (JSD and its kind) read both rows twice in the forward; the second
+            sweep goes backwards, so that it begins with what the caches still hold, of which these figures know
+            nothing.
+        """)
         + (f" JSD, forward and backward: {', '.join(remarks)}." if remarks else ""),
         table(("divergence", "fp32 forward", "backward", "both", "bf16 forward", "backward", "both"), rows),
         "All kernels of the other calls together:",
@@ -200,16 +206,13 @@ def arithmetic(traffic: Sequence[TrafficRow], kernels: Sequence[KernelRow]) -> l
         rows.append((name, *(f"{number:.1f}" for number in (*sums, *machine))))
     return [
         "## Arithmetic per logit",
-        (
-            "Left, what the source asks for, counted in the interpreter (bf16 logits, all kernels of a call): "
-            "additions, multiplications, "
-            "maxima and the steps of sums, one each; exponentials and logarithms; divisions. Right, instructions of a "
-            "thread in the loops "
-            "of the machine code for sm_90: all of them, of these single-precision additions, multiplications "
-            "and both at "
-            "once, and "
-            "those of the special-function units."
-        ),
+        prose("""
+            Left, what the source asks for, counted in the interpreter (bf16 logits, all kernels of a call):
+            additions, multiplications, maxima and the steps of sums, one each; exponentials and logarithms;
+            divisions. Right, instructions of a thread in the loops of the machine code for sm_90: all of them, of
+            these single-precision additions, multiplications and both at once, and those of the special-function
+            units.
+        """),
         table(("call", "operations", "exp, log", "divisions", "instructions", "of these FP32", "special"), rows),
     ]
 
@@ -235,7 +238,8 @@ def times(modelled: Sequence[ModelRow], found: dict[tuple[str, str, str], float]
     divergences = [row for row in modelled if row.call.startswith("divergence") and row.dtype != "fp16"]
     within = [row for row in divergences if row.over_memory <= TARGET_RATIO]
     beyond = sorted((row for row in divergences if row.over_memory > TARGET_RATIO), key=lambda row: -row.over_memory)
-    remark = f"{len(within)} of {len(divergences)} combinations of divergence, dtype and device are within {TARGET_RATIO} of it."
+    remark = f"Within {TARGET_RATIO} times the time of memory alone: {len(within)} of {len(divergences)} "
+    remark += "combinations of divergence, dtype and device."
     if beyond:
         listed = ", ".join(
             f"{row.call.removeprefix('divergence ')} {row.dtype} on {row.device} ({row.over_memory:.2f}, {row.bound})"
@@ -257,25 +261,21 @@ def times(modelled: Sequence[ModelRow], found: dict[tuple[str, str, str], float]
         remark += f" Other kernels that the model finds limited by something else than memory on some device: {names}."
     return [
         "## Modelled time",
-        (
-            "**A model, not a measurement.** Each kernel takes as long as the slowest of these alone: its bytes "
-            "at the bandwidth of the data "
-            "sheet, its instructions, its single-precision arithmetic, its special functions at the rates of the "
-            "architecture, and its loads "
-            f"at a latency of {LATENCY * 1e6:g} µs with as many of them under way as the occupancy allows. Real kernels "
-            f"overlap these "
-            "imperfectly and no memory reaches its data sheet, so expect more. Picoseconds per logit position, "
-            "forward and "
-            "backward; *memory*: by bytes and bandwidth alone."
-        ),
+        prose(f"""
+            **A model, not a measurement.** Each kernel takes as long as the slowest of these alone: its bytes at
+            the bandwidth of the data sheet, its instructions, its single-precision arithmetic, its special
+            functions at the rates of the architecture, and its loads at a latency of {LATENCY * 1e6:g} µs with as
+            many of them under way as the occupancy allows. Real kernels overlap these imperfectly and no memory
+            reaches its data sheet, so expect more. Picoseconds per logit position, forward and backward;
+            *memory*: by bytes and bandwidth alone; *ratio*: the one in the other.
+        """),
         remark,
         "![Modelled time over memory time](gpu/roofline.png)",
         table(("device", "call", "dtype", "memory", "modelled", "ratio", "bound by", "measured"), rows, left=3),
-        (
-            "All of them: [gpu/model.csv](gpu/model.csv). *Measured* is filled from `docs/gpu/measured.csv` "
-            "(columns `device`, `call`, `dtype`, "
-            "`picoseconds`), which is made on a GPU."
-        ),
+        prose("""
+            All of them: [gpu/model.csv](gpu/model.csv). *Measured* is filled from `docs/gpu/measured.csv`
+            (columns `device`, `call`, `dtype`, `picoseconds`), which is made on a GPU.
+        """),
     ]
 
 
@@ -293,14 +293,13 @@ def side_by_side(peers: Sequence[PeerTraffic]) -> list[str]:
             rows.append((row.loss, row.dtype, name, f"{kernels:.0f}", f"{operations:.0f}", f"**{row.total:.0f}**", ""))
     return [
         "## Side by side",
-        (
-            "Bytes per logit position, forward and backward, of other libraries by the same count. Kernels are "
-            "counted in the interpreter; "
-            "PyTorch's operations around them (softmaxes, their gradients, scalings) by the sizes of their "
-            "operands, which "
-            "is the least they "
-            "can move. Matrix products are left out on all sides. What a library needs before its kernel is its own."
-        ),
+        prose("""
+            Bytes per logit position, forward and backward, of other libraries by the same count. Kernels are
+            counted in the interpreter; PyTorch's operations around them (softmaxes, their gradients, scalings) by
+            the sizes of their operands, which is the least they can move. Matrix products are left out on all
+            sides. From logits, the softmaxes that a library's kernel wants beforehand count. From heads, kdkernels makes
+            the logits in the dtype of the heads, and Liger-Kernel in float32 whatever that is.
+        """),
         "![Bytes per logit](gpu/bytes.png)",
         table(("loss", "dtype", "library", "kernels", "PyTorch", "together", "not counted because"), rows, left=3),
     ]
@@ -310,9 +309,11 @@ def sources(versions: dict[str, str]) -> list[str]:
     return [
         "## Where the figures are from",
         "\n".join(f"- {name}: {device.source}." for name, device in DEVICES.items()),
-        "Occupancy: CUDA C++ Programming Guide, technical specifications per compute capability, with the arithmetic "
-        "of NVIDIA's "
-        "occupancy calculator; for gfx942 the limits in LLVM's AMDGPU target. Compiled with "
+        prose("""
+            Occupancy: CUDA C++ Programming Guide, technical specifications per compute capability, with the
+            arithmetic of NVIDIA's occupancy calculator; for gfx942 the limits in LLVM's AMDGPU target. Compiled with
+        """)
+        + " "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + ".",
     ]

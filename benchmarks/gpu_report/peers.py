@@ -167,7 +167,7 @@ def cut_cross_entropy_lse(hidden: Tensor, weight: Tensor, *_: Tensor) -> None:
     cce_lse_forward_kernel(hidden.detach(), weight.detach())
 
 
-FROM_LOGITS, FROM_HEADS = "from logits, with the softmaxes it needs", "two heads, between the GEMMs"
+FROM_LOGITS, FROM_HEADS = "from logits", "two heads, between the GEMMs"
 CONTENDERS: dict[tuple[str, str], tuple[Callable[..., None], Callable[[torch.dtype], tuple[Tensor, ...]]]] = {
     ("kdkernels", f"JSD {FROM_LOGITS}"): (ours(kd.JSD()), pair),
     ("liger-kernel", f"JSD {FROM_LOGITS}"): (liger_jsd, pair),
