@@ -92,6 +92,7 @@ struct RowProblem {
   PerRow grad_divergence;         // what the result gives to each value
   PerRow grad_cross_entropy;
   double* weighted = nullptr;  // [rows]: grad_divergence * divergence + grad_cross_entropy * cross_entropy
+  void* total = nullptr;       // their sum, 0-d; null: not wanted
   Matrix grad_student;         // may share the storage of student
   Matrix grad_teacher;         // may share the storage of teacher
   EntryLists student_entries;  // of grad_student
@@ -99,8 +100,9 @@ struct RowProblem {
   EntryRule entry_rule;
   bool fresh_gradients = false;  // nobody has written them yet: their pages may be missing
 
-  void* statistics = nullptr;  // [rows, statistics_count]
-  int64_t* argmax = nullptr;   // [rows, 2]
+  void* statistics =
+      nullptr;  // [rows, statistics_count]; of a divergence on a GPU, what the forward leaves to the backward
+  int64_t* argmax = nullptr;  // [rows, 2]
 };
 
 constexpr int statistics_count = 10;
@@ -412,43 +414,5 @@ struct DeviationProblem {
   void* deviations = nullptr;  // [rows], likewise
   Matrix gradient;             // of the logits' dtype, changed in place; data may be null
 };
-
-// A buffer of this thread, at least `bytes` long and aligned to 64; it is kept between calls.
-// Null if there is no memory.
-void* thread_scratch(int64_t bytes);
-
-// Brings the pages of a large result that is about to be written into memory, which costs less at
-// once than page by page. A hint: nothing happens where the system cannot, or where they are there.
-void populate(void* data, int64_t bytes);
-
-// One entry point per instruction set and family. False: out of memory.
-#define KD_DECLARE_CPU_KERNELS(isa)                                               \
-  namespace isa {                                                                 \
-  bool divergence(const RowProblem& problem);                                     \
-  bool bernoulli(const RowProblem& problem);                                      \
-  bool head_mass(const HeadMassProblem& problem);                                 \
-  bool token_statistics(const RowProblem& problem);                               \
-  bool sparse_divergence(SparseProblem& problem);                                 \
-  void collect_entries(const EntryChunk& chunk, int32_t* columns, float* values); \
-  bool expand_entries(const EntryChunk& chunk, int threads);                      \
-  bool sparse_products(const SparseProducts& problem);                            \
-  bool pack_records(RecordProblem& problem);                                      \
-  bool unpack_records(RecordProblem& problem);                                    \
-  bool topk(const TopKProblem& problem);                                          \
-  bool sample(const SampleProblem& problem);                                      \
-  void pairwise_normalisers(const PairNormalisers& problem);                      \
-  bool pairwise_l1(const PairProblem& problem);                                   \
-  bool sorted_l1(const SortedL1Problem& problem);                                 \
-  bool plackett_luce(const RankingProblem& problem);                              \
-  bool token_ranks(const RankProblem& problem);                                   \
-  bool sinkhorn(const SinkhornProblem& problem);                                  \
-  bool sinkhorn_gradient(const SinkhornGradientProblem& problem);                 \
-  bool angle(const AngleProblem& problem);                                        \
-  bool row_deviation(const DeviationProblem& problem);                            \
-  }
-KD_DECLARE_CPU_KERNELS(baseline)
-KD_DECLARE_CPU_KERNELS(avx2)
-KD_DECLARE_CPU_KERNELS(avx512)
-#undef KD_DECLARE_CPU_KERNELS
 
 }  // namespace kd

@@ -238,7 +238,7 @@ def test_check_says_why_there_is_nothing_to_check(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["check", "--backend", "reference"], "--backend reference: must be one of cpu, triton"),
+        (["check", "--backend", "reference"], "--backend reference: must be one of cpu, triton, cuda"),
         (["check", "--device", "tpu"], "--device tpu"),
         (["bench", "--device", "mps"], "only cpu and cuda"),
         (["bench", "--contender", "nobody"], "must be one of 'kdkernels', 'eager'"),

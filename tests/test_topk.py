@@ -558,7 +558,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"temperature": torch.ones(2, 3)}, TypeError, "temperature must be a positive finite number, got tensor"),
     ({"vocab_size": 8}, ValueError, "vocab_size must be between 1 and the source's vocabulary of 7, got 8"),
     ({"memory_budget": 0}, ValueError, "memory_budget must be None or a positive number of bytes, got 0"),
-    ({"backend": "cuda"}, ValueError, "backend must be None or one of reference, cpu, triton, got 'cuda'"),
+    ({"backend": "gpu"}, ValueError, "backend must be None or one of reference, cpu, triton, cuda, got 'gpu'"),
 ]
 TOPK_REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"k": 8}, ValueError, "k must be at most the source's vocabulary of 7, got 8"),

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "bindings/divergence.h"
+#include "bindings/launching.h"
 
 namespace kd {
 namespace {
@@ -13,7 +14,7 @@ void bernoulli(int threads, bool compute_double, int64_t rows, int64_t vocab, Ad
                Address active, int form, Address values, Address grad_values, Address grad_student,
                int64_t grad_student_stride, bool fresh_gradients) {
   RowProblem problem =
-      sides(threads, compute_double, rows, vocab, matrix(student, student_stride, student_dtype),
+      sides(compute_double, rows, vocab, matrix(student, student_stride, student_dtype),
             matrix(teacher, teacher_stride, teacher_dtype), per_row(student_temperature, student_temperatures),
             per_row(teacher_temperature, teacher_temperatures), student_softcap, teacher_softcap, labels, active);
   problem.kind = form;
@@ -21,6 +22,7 @@ void bernoulli(int threads, bool compute_double, int64_t rows, int64_t vocab, Ad
   problem.grad_divergence = per_row(1, grad_values);
   problem.grad_student = matrix(grad_student, grad_student_stride, student_dtype);
   problem.fresh_gradients = fresh_gradients;
+  problem.threads = threads;
   run(chosen().bernoulli, problem);
 }
 

@@ -1,23 +1,49 @@
-// How Python calls the families `divergence` and `token_statistics`.
+// How Python calls the families `divergence` and `token_statistics`: on the CPU and on GPUs, where `run` runs the kernel.
+// `Place` says where: a number of threads, or a device and a stream.
 #pragma once
 
-#include <pybind11/stl.h>
-
+#include <optional>
 #include <tuple>
-#include <vector>
 
-#include "bindings/launching.h"
+#include "bindings/arguments.h"
 
 namespace kd {
 namespace {
 
-RowProblem sides(int threads, bool compute_double, int64_t rows, int64_t vocab, const Matrix& student,
-                 const Matrix& teacher, const PerRow& student_temperature, const PerRow& teacher_temperature,
-                 double student_softcap, double teacher_softcap, Address labels, Address active) {
+// From (others, coefficients, offsets, class_bias, bounds, replaced, columns, values) with each other source as (address,
+// stride, dtype, softcap); None: the logits are those of the side alone.
+std::optional<Composition> composition(const py::object& parts) {
+  if (parts.is_none()) return std::nullopt;
+  const py::tuple given = parts;
+  const auto numbers = [&](size_t index) { return reinterpret_cast<const void*>(given[index].cast<Address>()); };
+  Composition found;
+  for (const py::handle other : given[0]) {
+    if (found.sources >= max_sources) throw py::value_error("too many sources");
+    const auto [data, stride, dtype, softcap] = other.cast<std::tuple<Address, int64_t, int, double>>();
+    found.softcaps[found.sources - 1] = softcap;
+    found.others[found.sources - 1] = matrix(data, stride, dtype);
+    ++found.sources;
+  }
+  found.coefficients = numbers(1);
+  found.offsets = numbers(2);
+  found.class_bias = numbers(3);
+  found.bounds = numbers(4);
+  found.replaced = given[5].cast<int>();
+  found.columns = static_cast<const int64_t*>(numbers(6));
+  found.values = numbers(7);
+  return found;
+}
+
+const Composition* pointer(const std::optional<Composition>& composition) {
+  return composition ? &*composition : nullptr;
+}
+
+RowProblem sides(bool compute_double, int64_t rows, int64_t vocab, const Matrix& student, const Matrix& teacher,
+                 const PerRow& student_temperature, const PerRow& teacher_temperature, double student_softcap,
+                 double teacher_softcap, Address labels, Address active) {
   RowProblem problem;
   problem.rows = rows;
   problem.vocab = vocab;
-  problem.threads = threads;
   problem.compute_double = compute_double;
   problem.student = student;
   problem.teacher = teacher;
@@ -30,24 +56,26 @@ RowProblem sides(int threads, bool compute_double, int64_t rows, int64_t vocab, 
   return problem;
 }
 
-void divergence(int threads, bool compute_double, int64_t rows, int64_t vocab, Address student, int64_t student_stride,
+template <class Place, void (*run)(Place, RowProblem&)>
+void divergence(Place place, bool compute_double, int64_t rows, int64_t vocab, Address student, int64_t student_stride,
                 int student_dtype, Address teacher, int64_t teacher_stride, int teacher_dtype,
                 double student_temperature, Address student_temperatures, double teacher_temperature,
                 Address teacher_temperatures, double student_softcap, double teacher_softcap, Address labels,
                 Address active, int kind, double a, double b, Address divergence, Address cross_entropy,
                 double grad_divergence, Address grad_divergences, double grad_cross_entropy,
                 Address grad_cross_entropies, Address grad_student, int64_t grad_student_stride, Address grad_teacher,
-                int64_t grad_teacher_stride, Address total, bool fresh_gradients, Address student_counts,
-                Address student_summaries, Address teacher_counts, Address teacher_summaries, double tolerance,
-                bool stochastic, uint64_t seed, int64_t first_row, Address parameters, Address targets,
-                double target_weight, Address target_weights, double rest_weight, Address rest_weights,
-                const Composition* student_composition, const Composition* teacher_composition) {
+                int64_t grad_teacher_stride, Address total, Address statistics, bool fresh_gradients,
+                Address student_counts, Address student_summaries, Address teacher_counts, Address teacher_summaries,
+                double tolerance, bool stochastic, uint64_t seed, int64_t first_row, Address parameters,
+                Address targets, double target_weight, Address target_weights, double rest_weight, Address rest_weights,
+                const py::object& student_composition, const py::object& teacher_composition) {
   RowProblem problem =
-      sides(threads, compute_double, rows, vocab, matrix(student, student_stride, student_dtype),
+      sides(compute_double, rows, vocab, matrix(student, student_stride, student_dtype),
             matrix(teacher, teacher_stride, teacher_dtype), per_row(student_temperature, student_temperatures),
             per_row(teacher_temperature, teacher_temperatures), student_softcap, teacher_softcap, labels, active);
-  problem.student_composition = student_composition;
-  problem.teacher_composition = teacher_composition;
+  const auto of_student = composition(student_composition), of_teacher = composition(teacher_composition);
+  problem.student_composition = pointer(of_student);
+  problem.teacher_composition = pointer(of_teacher);
   problem.kind = kind;
   problem.a = a;
   problem.b = b;
@@ -61,65 +89,32 @@ void divergence(int threads, bool compute_double, int64_t rows, int64_t vocab, A
   problem.grad_cross_entropy = per_row(grad_cross_entropy, grad_cross_entropies);
   problem.grad_student = matrix(grad_student, grad_student_stride, student_dtype);
   problem.grad_teacher = matrix(grad_teacher, grad_teacher_stride, teacher_dtype);
-  std::unique_ptr<double[]> weighted(total ? new double[static_cast<size_t>(rows)] : nullptr);
-  problem.weighted = weighted.get();
+  problem.total = reinterpret_cast<void*>(total);
+  problem.statistics = reinterpret_cast<void*>(statistics);
   problem.fresh_gradients = fresh_gradients;
   problem.student_entries = entry_lists(student_counts, student_summaries);
   problem.teacher_entries = entry_lists(teacher_counts, teacher_summaries);
   problem.entry_rule = {tolerance, stochastic, seed, first_row};
-  launch(chosen().divergence, problem);
-  if (!total) return;
-  // In the order of the rows, so that it does not depend on the threads.
-  double sum = 0;
-  for (int64_t row = 0; row < rows; ++row) sum += weighted[row];
-  if (compute_double) {
-    *reinterpret_cast<double*>(total) = sum;
-  } else {
-    *reinterpret_cast<float*>(total) = static_cast<float>(sum);
-  }
+  run(place, problem);
 }
 
-void token_statistics(int threads, bool compute_double, int64_t rows, int64_t vocab, Address student,
+template <class Place, void (*run)(Place, RowProblem&)>
+void token_statistics(Place place, bool compute_double, int64_t rows, int64_t vocab, Address student,
                       int64_t student_stride, int student_dtype, Address teacher, int64_t teacher_stride,
                       int teacher_dtype, double student_temperature, Address student_temperatures,
                       double teacher_temperature, Address teacher_temperatures, double student_softcap,
                       double teacher_softcap, Address labels, Address active, Address statistics, Address argmax,
-                      const Composition* student_composition, const Composition* teacher_composition) {
+                      const py::object& student_composition, const py::object& teacher_composition) {
   RowProblem problem =
-      sides(threads, compute_double, rows, vocab, matrix(student, student_stride, student_dtype),
+      sides(compute_double, rows, vocab, matrix(student, student_stride, student_dtype),
             matrix(teacher, teacher_stride, teacher_dtype), per_row(student_temperature, student_temperatures),
             per_row(teacher_temperature, teacher_temperatures), student_softcap, teacher_softcap, labels, active);
-  problem.student_composition = student_composition;
-  problem.teacher_composition = teacher_composition;
+  const auto of_student = composition(student_composition), of_teacher = composition(teacher_composition);
+  problem.student_composition = pointer(of_student);
+  problem.teacher_composition = pointer(of_teacher);
   problem.statistics = reinterpret_cast<void*>(statistics);
   problem.argmax = reinterpret_cast<int64_t*>(argmax);
-  launch(chosen().token_statistics, problem);
-}
-
-Composition composition(const std::vector<std::tuple<Address, int64_t, int, double>>& others, Address coefficients,
-                        Address offsets, Address class_bias, Address bounds, int replaced, Address columns,
-                        Address values) {
-  Composition found;
-  if (others.size() >= max_sources) throw py::value_error("too many sources");
-  for (const auto& [data, stride, dtype, softcap] : others) {
-    found.softcaps[found.sources - 1] = softcap;
-    found.others[found.sources - 1] = matrix(data, stride, dtype);
-    ++found.sources;
-  }
-  found.coefficients = reinterpret_cast<const void*>(coefficients);
-  found.offsets = reinterpret_cast<const void*>(offsets);
-  found.class_bias = reinterpret_cast<const void*>(class_bias);
-  found.bounds = reinterpret_cast<const void*>(bounds);
-  found.replaced = replaced;
-  found.columns = reinterpret_cast<const int64_t*>(columns);
-  found.values = reinterpret_cast<const void*>(values);
-  return found;
-}
-
-void bind_divergence(py::module_& module) {
-  py::class_<Composition>(module, "Composition").def(py::init(&composition));
-  module.def("divergence", &divergence);
-  module.def("token_statistics", &token_statistics);
+  run(place, problem);
 }
 
 }  // namespace

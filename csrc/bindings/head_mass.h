@@ -2,6 +2,7 @@
 #pragma once
 
 #include "bindings/divergence.h"
+#include "bindings/launching.h"
 
 namespace kd {
 namespace {
@@ -13,13 +14,14 @@ void head_mass(int threads, bool compute_double, int64_t rows, int64_t vocab, Ad
                Address active, double mass, Address masses, bool crossing, Address thresholds, Address gaps) {
   HeadMassProblem problem;
   static_cast<RowProblem&>(problem) =
-      sides(threads, compute_double, rows, vocab, matrix(student, student_stride, student_dtype),
+      sides(compute_double, rows, vocab, matrix(student, student_stride, student_dtype),
             matrix(teacher, teacher_stride, teacher_dtype), per_row(student_temperature, student_temperatures),
             per_row(teacher_temperature, teacher_temperatures), student_softcap, teacher_softcap, labels, active);
   problem.mass = per_row(mass, masses);
   problem.crossing = crossing;
   problem.thresholds = reinterpret_cast<void*>(thresholds);
   problem.gaps = reinterpret_cast<void*>(gaps);
+  problem.threads = threads;
   run(chosen().head_mass, problem);
 }
 

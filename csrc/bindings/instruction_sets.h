@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "problem.h"
+#include "cpu/kernels.h"
 #include "cpu/relation.h"
 
 namespace kd {
@@ -26,7 +26,7 @@ struct Kernels {
   bool (*unpack_records)(RecordProblem&);
   bool (*topk)(const TopKProblem&);
   bool (*sample)(const SampleProblem&);
-  void (*pairwise_normalisers)(const PairNormalisers&);
+  bool (*pairwise_normalisers)(const PairNormalisers&);
   bool (*pairwise_l1)(const PairProblem&);
   bool (*sorted_l1)(const SortedL1Problem&);
   bool (*plackett_luce)(const RankingProblem&);

@@ -1,30 +1,16 @@
-// What every family needs to be called from Python: addresses as numbers, errors as exceptions, the lock released.
+// Calling the CPU kernels: errors as exceptions, the lock released.
 #pragma once
-
-#include <pybind11/pybind11.h>
 
 #include <memory>
 #include <new>
 #include <string>
+#include <type_traits>
 
+#include "bindings/arguments.h"
 #include "bindings/instruction_sets.h"
-
-namespace py = pybind11;
 
 namespace kd {
 namespace {
-
-using Address = uintptr_t;
-
-Matrix matrix(Address data, int64_t stride, int dtype) {
-  return {reinterpret_cast<void*>(data), stride, static_cast<DType>(dtype)};
-}
-
-PerRow per_row(double value, Address values) { return {reinterpret_cast<const void*>(values), value}; }
-
-EntryLists entry_lists(Address counts, Address summaries) {
-  return {reinterpret_cast<int32_t*>(counts), reinterpret_cast<double*>(summaries)};
-}
 
 // `lowest`: the smallest of the labels that are allowed.
 template <class Problem>
@@ -50,11 +36,36 @@ void without_lock(const Call& call) {
   if (!done) throw std::bad_alloc();
 }
 
+// How much there is to do, in entries, and in how many pieces it falls at most.
+struct Amount {
+  int64_t entries;
+  int64_t pieces;
+};
+
+template <class Problem>
+Amount amount(const Problem& problem) {
+  return {problem.rows * problem.vocab, problem.rows};
+}
+
+Amount amount(const RecordProblem& problem) { return {4 * problem.rows * problem.width, problem.rows}; }
+
+Amount amount(const PairProblem& problem) {
+  const int64_t n = problem.student.rows, m = problem.teacher.rows;
+  return {problem.problems * (n + m + n * m / 8) * problem.vocab, problem.problems * n * m};
+}
+
+Amount transport_amount(const SinkhornProblem& problem) {
+  return {4 * problem.batch * problem.rows * problem.columns, problem.batch};
+}
+Amount amount(const SinkhornProblem& problem) { return transport_amount(problem); }
+Amount amount(const SinkhornGradientProblem& problem) { return transport_amount(problem); }
+
 template <class Kernel, class Problem>
 void run(Kernel kernel, Problem& problem) {
+  const auto [entries, pieces] = amount(problem);
   // Below this a second thread costs more than it brings.
-  if (problem.rows * problem.vocab < 32768) problem.threads = 1;
-  if (problem.rows < problem.threads) problem.threads = problem.rows < 1 ? 1 : static_cast<int>(problem.rows);
+  if (entries < 32768) problem.threads = 1;
+  if (pieces < problem.threads) problem.threads = pieces < 1 ? 1 : static_cast<int>(pieces);
   without_lock([&] { return kernel(problem); });
 }
 
@@ -63,6 +74,17 @@ void launch(Kernel kernel, Problem& problem) {
   check_labels(problem, problem.labels, 0);
   check_labels(problem, problem.targets, -1);
   run(kernel, problem);
+}
+
+// A kernel of the instruction set in use, as the bindings of a family that GPUs have too call it.
+template <auto kernel, class Problem>
+void on_cpu(int threads, Problem& problem) {
+  problem.threads = threads;
+  if constexpr (std::is_base_of_v<RowProblem, Problem>) {
+    launch(chosen().*kernel, problem);
+  } else {
+    run(chosen().*kernel, problem);
+  }
 }
 
 }  // namespace

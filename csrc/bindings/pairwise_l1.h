@@ -1,25 +1,23 @@
-// How Python calls the family `pairwise_l1`.
+// How Python calls the family `pairwise_l1`; see bindings/divergence.h.
 #pragma once
 
-#include "bindings/launching.h"
+#include "bindings/arguments.h"
 
 namespace kd {
 namespace {
 
-void pairwise_normalisers(int threads, bool compute_double, int64_t rows, int64_t vocab, Address logits, int64_t stride,
+template <class Place, void (*run)(Place, PairNormalisers&)>
+void pairwise_normalisers(Place place, bool compute_double, int64_t rows, int64_t vocab, Address logits, int64_t stride,
                           int dtype, double temperature, double softcap, Address normalisers) {
   PairNormalisers problem;
   problem.rows = rows;
   problem.vocab = vocab;
-  // Below this a second thread costs more than it brings.
-  problem.threads = rows * vocab < 32768 ? 1 : threads;
   problem.compute_double = compute_double;
   problem.logits = matrix(logits, stride, dtype);
   problem.temperature = temperature;
   problem.softcap = softcap;
   problem.normalisers = reinterpret_cast<void*>(normalisers);
-  py::gil_scoped_release release;
-  chosen().pairwise_normalisers(problem);
+  run(place, problem);
 }
 
 PairSide pair_side(int64_t rows, const Matrix& logits, double temperature, double softcap, Address normalisers,
@@ -33,7 +31,8 @@ PairSide pair_side(int64_t rows, const Matrix& logits, double temperature, doubl
           reinterpret_cast<const void*>(centres)};
 }
 
-void pairwise_l1(int threads, bool compute_double, int64_t problems, int64_t vocab, int64_t student_rows,
+template <class Place, void (*run)(Place, PairProblem&)>
+void pairwise_l1(Place place, bool compute_double, int64_t problems, int64_t vocab, int64_t student_rows,
                  Address student, int64_t student_stride, int student_dtype, double student_temperature,
                  double student_softcap, Address student_normalisers, Address grad_student, int64_t grad_student_stride,
                  Address student_centres, int64_t teacher_rows, Address teacher, int64_t teacher_stride,
@@ -43,9 +42,6 @@ void pairwise_l1(int threads, bool compute_double, int64_t problems, int64_t voc
   PairProblem problem;
   problem.problems = problems;
   problem.vocab = vocab;
-  // Below this a second thread costs more than it brings.
-  problem.threads =
-      problems * (student_rows + teacher_rows + student_rows * teacher_rows / 8) * vocab < 32768 ? 1 : threads;
   problem.compute_double = compute_double;
   problem.student =
       pair_side(student_rows, matrix(student, student_stride, student_dtype), student_temperature, student_softcap,
@@ -56,12 +52,7 @@ void pairwise_l1(int threads, bool compute_double, int64_t problems, int64_t voc
   problem.distance = reinterpret_cast<void*>(distance);
   problem.signed_mass = reinterpret_cast<void*>(signed_mass);
   problem.grad = reinterpret_cast<const void*>(grad);
-  without_lock([&] { return chosen().pairwise_l1(problem); });
-}
-
-void bind_pairwise_l1(py::module_& module) {
-  module.def("pairwise_normalisers", &pairwise_normalisers);
-  module.def("pairwise_l1", &pairwise_l1);
+  run(place, problem);
 }
 
 }  // namespace

@@ -1,21 +1,18 @@
-// How Python calls the family `sinkhorn`.
+// How Python calls the family `sinkhorn`; see bindings/divergence.h.
 #pragma once
 
-#include "bindings/launching.h"
+#include "bindings/arguments.h"
 
 namespace kd {
 namespace {
 
-void fill(SinkhornProblem& problem, int threads, bool compute_double, int64_t batch, int64_t rows, int64_t columns,
-          Address cost, Address a, Address b, Address row_lengths, Address column_lengths, Address start,
-          double epsilon, double tolerance, double row_reach, double column_reach, double epsilon_start,
-          double epsilon_decay, int64_t max_iterations, Address f, Address g, Address iterations, Address f_history,
-          Address g_history) {
+void fill(SinkhornProblem& problem, bool compute_double, int64_t batch, int64_t rows, int64_t columns, Address cost,
+          Address a, Address b, Address row_lengths, Address column_lengths, Address start, double epsilon,
+          double tolerance, double row_reach, double column_reach, double epsilon_start, double epsilon_decay,
+          int64_t max_iterations, Address f, Address g, Address iterations, Address f_history, Address g_history) {
   problem.batch = batch;
   problem.rows = rows;
   problem.columns = columns;
-  // Below this a second thread costs more than it brings.
-  problem.threads = batch * rows * columns < 8192 ? 1 : threads;
   problem.compute_double = compute_double;
   problem.cost = reinterpret_cast<const void*>(cost);
   problem.a = reinterpret_cast<const void*>(a);
@@ -37,23 +34,25 @@ void fill(SinkhornProblem& problem, int threads, bool compute_double, int64_t ba
   problem.g_history = reinterpret_cast<double*>(g_history);
 }
 
-void sinkhorn(int threads, bool compute_double, int64_t batch, int64_t rows, int64_t columns, Address cost, Address a,
+template <class Place, void (*run)(Place, SinkhornProblem&)>
+void sinkhorn(Place place, bool compute_double, int64_t batch, int64_t rows, int64_t columns, Address cost, Address a,
               Address b, Address row_lengths, Address column_lengths, Address start, double epsilon, double tolerance,
               double row_reach, double column_reach, double epsilon_start, double epsilon_decay, int64_t max_iterations,
               Address f, Address g, Address iterations, Address f_history, Address g_history, Address distance,
               Address value, Address error, Address status) {
   SinkhornProblem problem;
-  fill(problem, threads, compute_double, batch, rows, columns, cost, a, b, row_lengths, column_lengths, start, epsilon,
+  fill(problem, compute_double, batch, rows, columns, cost, a, b, row_lengths, column_lengths, start, epsilon,
        tolerance, row_reach, column_reach, epsilon_start, epsilon_decay, max_iterations, f, g, iterations, f_history,
        g_history);
   problem.distance = reinterpret_cast<void*>(distance);
   problem.value = reinterpret_cast<void*>(value);
   problem.error = reinterpret_cast<void*>(error);
   problem.status = reinterpret_cast<int32_t*>(status);
-  without_lock([&] { return chosen().sinkhorn(problem); });
+  run(place, problem);
 }
 
-void sinkhorn_gradient(int threads, bool compute_double, int64_t batch, int64_t rows, int64_t columns, Address cost,
+template <class Place, void (*run)(Place, SinkhornGradientProblem&)>
+void sinkhorn_gradient(Place place, bool compute_double, int64_t batch, int64_t rows, int64_t columns, Address cost,
                        Address a, Address b, Address row_lengths, Address column_lengths, Address start, double epsilon,
                        double tolerance, double row_reach, double column_reach, double epsilon_start,
                        double epsilon_decay, int64_t max_iterations, Address f, Address g, Address iterations,
@@ -61,7 +60,7 @@ void sinkhorn_gradient(int threads, bool compute_double, int64_t batch, int64_t 
                        Address grad_distance, Address grad_value, Address grad_f, Address grad_g, Address grad_cost,
                        Address grad_a, Address grad_b) {
   SinkhornGradientProblem problem;
-  fill(problem, threads, compute_double, batch, rows, columns, cost, a, b, row_lengths, column_lengths, start, epsilon,
+  fill(problem, compute_double, batch, rows, columns, cost, a, b, row_lengths, column_lengths, start, epsilon,
        tolerance, row_reach, column_reach, epsilon_start, epsilon_decay, max_iterations, f, g, iterations, f_history,
        g_history);
   problem.gradient = static_cast<TransportGradient>(gradient);
@@ -73,12 +72,7 @@ void sinkhorn_gradient(int threads, bool compute_double, int64_t batch, int64_t 
   problem.grad_cost = reinterpret_cast<void*>(grad_cost);
   problem.grad_a = reinterpret_cast<void*>(grad_a);
   problem.grad_b = reinterpret_cast<void*>(grad_b);
-  without_lock([&] { return chosen().sinkhorn_gradient(problem); });
-}
-
-void bind_sinkhorn(py::module_& module) {
-  module.def("sinkhorn", &sinkhorn);
-  module.def("sinkhorn_gradient", &sinkhorn_gradient);
+  run(place, problem);
 }
 
 }  // namespace

@@ -1,14 +1,14 @@
-// How Python calls the family `sparse_divergence`.
+// How Python calls the family `sparse_divergence`; see bindings/divergence.h.
 #pragma once
 
 #include "bindings/divergence.h"
-#include "bindings/launching.h"
 
 namespace kd {
 namespace {
 
 // The first row that is malformed, or the number of rows.
-int64_t sparse_divergence(int threads, bool compute_double, int64_t rows, int64_t vocab, Address student,
+template <class Place, void (*run)(Place, SparseProblem&)>
+int64_t sparse_divergence(Place place, bool compute_double, int64_t rows, int64_t vocab, Address student,
                           int64_t student_stride, int student_dtype, double student_temperature,
                           Address student_temperatures, double teacher_temperature, Address teacher_temperatures,
                           double student_softcap, Address labels, Address active, int kind, double a, double b,
@@ -21,7 +21,7 @@ int64_t sparse_divergence(int threads, bool compute_double, int64_t rows, int64_
                           int64_t first_row, Address parameters) {
   SparseProblem problem;
   static_cast<RowProblem&>(problem) =
-      sides(threads, compute_double, rows, vocab, matrix(student, student_stride, student_dtype), Matrix(),
+      sides(compute_double, rows, vocab, matrix(student, student_stride, student_dtype), Matrix(),
             per_row(student_temperature, student_temperatures), per_row(teacher_temperature, teacher_temperatures),
             student_softcap, 0, labels, active);
   problem.kind = kind;
@@ -48,11 +48,9 @@ int64_t sparse_divergence(int threads, bool compute_double, int64_t rows, int64_
   problem.fresh_gradients = true;
   problem.student_entries = entry_lists(student_counts, student_summaries);
   problem.entry_rule = {tolerance, stochastic, seed, first_row};
-  launch(chosen().sparse_divergence, problem);
+  run(place, problem);
   return problem.wrong_row;
 }
-
-void bind_sparse_divergence(py::module_& module) { module.def("sparse_divergence", &sparse_divergence); }
 
 }  // namespace
 }  // namespace kd

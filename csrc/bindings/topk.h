@@ -1,17 +1,17 @@
-// How Python calls the family `topk`.
+// How Python calls the family `topk`; see bindings/divergence.h.
 #pragma once
 
-#include "bindings/launching.h"
+#include "bindings/arguments.h"
 
 namespace kd {
 namespace {
 
-void topk(int threads, bool compute_double, int64_t rows, int64_t vocab, Address source, int64_t stride, int dtype,
+template <class Place, void (*run)(Place, TopKProblem&)>
+void topk(Place place, bool compute_double, int64_t rows, int64_t vocab, Address source, int64_t stride, int dtype,
           double temperature, double softcap, int64_t k, Address ids, Address log_probs, Address log_tail_mass) {
   TopKProblem problem;
   problem.rows = rows;
   problem.vocab = vocab;
-  problem.threads = threads;
   problem.compute_double = compute_double;
   problem.source = matrix(source, stride, dtype);
   problem.temperature = temperature;
@@ -20,16 +20,16 @@ void topk(int threads, bool compute_double, int64_t rows, int64_t vocab, Address
   problem.ids = reinterpret_cast<int64_t*>(ids);
   problem.log_probs = reinterpret_cast<void*>(log_probs);
   problem.log_tail_mass = reinterpret_cast<void*>(log_tail_mass);
-  run(chosen().topk, problem);
+  run(place, problem);
 }
 
-void sample(int threads, bool compute_double, int64_t rows, int64_t vocab, Address source, int64_t stride, int dtype,
+template <class Place, void (*run)(Place, SampleProblem&)>
+void sample(Place place, bool compute_double, int64_t rows, int64_t vocab, Address source, int64_t stride, int dtype,
             double temperature, double proposal_temperature, double softcap, int64_t draws, Address uniforms,
             Address ids, Address weights, Address entropy) {
   SampleProblem problem;
   problem.rows = rows;
   problem.vocab = vocab;
-  problem.threads = threads;
   problem.compute_double = compute_double;
   problem.source = matrix(source, stride, dtype);
   problem.temperature = temperature;
@@ -40,12 +40,7 @@ void sample(int threads, bool compute_double, int64_t rows, int64_t vocab, Addre
   problem.ids = reinterpret_cast<int64_t*>(ids);
   problem.weights = reinterpret_cast<void*>(weights);
   problem.entropy = reinterpret_cast<void*>(entropy);
-  run(chosen().sample, problem);
-}
-
-void bind_topk(py::module_& module) {
-  module.def("topk", &topk);
-  module.def("sample", &sample);
+  run(place, problem);
 }
 
 }  // namespace

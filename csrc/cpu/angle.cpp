@@ -5,7 +5,7 @@
 // corners, and row i of the gradient stays in the first-level cache. Sums do not depend on who does what.
 #include <algorithm>
 
-#include "problem.h"
+#include "cpu/kernels.h"
 #include "math/platform.h"
 
 namespace kd::KD_ISA {

@@ -505,12 +505,13 @@ void normalise(const PairNormalisers& problem) {
 
 }  // namespace
 
-void pairwise_normalisers(const PairNormalisers& problem) {
+bool pairwise_normalisers(const PairNormalisers& problem) {
   if (problem.compute_double) {
     normalise<double>(problem);
   } else {
     normalise<float>(problem);
   }
+  return true;
 }
 
 bool pairwise_l1(const PairProblem& problem) {

@@ -5,7 +5,7 @@
 #include <atomic>
 #include <utility>
 
-#include "problem.h"
+#include "cpu/kernels.h"
 
 namespace kd::KD_ISA {
 namespace {

@@ -1,7 +1,7 @@
 // What the Python side hands to the family `relation`: see kdkernels/backends/cpu/relation.py.
 #pragma once
 
-#include "problem.h"
+#include "cpu/kernels.h"
 
 namespace kd {
 

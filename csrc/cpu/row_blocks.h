@@ -6,7 +6,7 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "problem.h"
+#include "cpu/kernels.h"
 #include "math/elementary.h"
 #include "math/half.h"
 

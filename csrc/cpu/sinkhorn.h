@@ -10,7 +10,7 @@
 #include <limits>
 #include <memory>
 
-#include "problem.h"
+#include "cpu/kernels.h"
 #include "math/elementary.h"
 
 // Vectors wider than the instruction set's are passed between functions of one translation unit only.

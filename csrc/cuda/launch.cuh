@@ -13,8 +13,8 @@ namespace kd::cuda {
 using LaunchStream = void*;
 
 template <class... Parameters, class... Arguments>
-std::string launch(const char* name, void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared_bytes,
-                   LaunchStream, Arguments... arguments) {
+std::string launch(const char* name, void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
+                   size_t shared_bytes, LaunchStream, Arguments... arguments) {
   emulation::Launch launch;
   launch.kernel = name;
   launch.grid = {blocks, 1, 1};
@@ -30,8 +30,8 @@ std::string launch(const char* name, void (*kernel)(Parameters...), unsigned blo
 using LaunchStream = cudaStream_t;
 
 template <class... Parameters, class... Arguments>
-std::string launch(const char* name, void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared_bytes,
-                   LaunchStream stream, Arguments... arguments) {
+std::string launch(const char* name, void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
+                   size_t shared_bytes, LaunchStream stream, Arguments... arguments) {
   kernel<<<blocks, threads, shared_bytes, stream>>>(arguments...);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? std::string() : std::string(name) + ": " + cudaGetErrorString(error);

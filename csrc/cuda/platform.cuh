@@ -14,9 +14,9 @@ template <class T>
 using SharedView = emulation::Shared<T>;
 
 // Declares shared memory for `elements` values. The address of a static stands for the declaration.
-#define KD_SHARED(T, name, elements)                                                                            \
-  static const char name##_declared = 0;                                                                        \
-  const ::kd::emulation::Shared<T> name(                                                                        \
+#define KD_SHARED(T, name, elements)     \
+  static const char name##_declared = 0; \
+  const ::kd::emulation::Shared<T> name( \
       ::kd::emulation::shared_array(&name##_declared, __LINE__, elements, sizeof(T)), __LINE__)
 
 #define KD_DYNAMIC_SHARED(T, name) \
@@ -32,7 +32,7 @@ using SharedView = T*;
 
 #define KD_SHARED(T, name, elements) __shared__ T name[elements]
 
-#define KD_DYNAMIC_SHARED(T, name)                           \
+#define KD_DYNAMIC_SHARED(T, name)                            \
   extern __shared__ __align__(16) unsigned char name##_raw[]; \
   T* const name = reinterpret_cast<T*>(name##_raw)
 

@@ -41,10 +41,35 @@ __device__ __forceinline__ Value over_block(Value value, SharedView<Value> scrat
 }
 
 template <class Real>
+struct Largest {
+  __device__ __forceinline__ Real operator()(Real a, Real b) const { return merged_max(a, b); }
+  __device__ __forceinline__ Real shuffled(Real value, int distance) const {
+    return __shfl_xor_sync(full_warp, value, distance);
+  }
+};
+
+template <class Real>
 struct Add {
   __device__ __forceinline__ Real operator()(Real a, Real b) const { return a + b; }
   __device__ __forceinline__ Real shuffled(Real value, int distance) const {
     return __shfl_xor_sync(full_warp, value, distance);
+  }
+};
+
+// Maxima and sums over a block, one after the other.
+template <class Real>
+struct BlockSums {
+  SharedView<Real> scratch;
+
+  __device__ __forceinline__ Real max(Real own) const { return combined(own, Largest<Real>{}); }
+  __device__ __forceinline__ Real total(Real own) const { return combined(own, Add<Real>{}); }
+
+ private:
+  template <class Combine>
+  __device__ __forceinline__ Real combined(Real own, Combine combine) const {
+    const Real found = over_block(own, scratch, combine);
+    __syncthreads();  // scratch is free again
+    return found;
   }
 };
 

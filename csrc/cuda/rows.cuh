@@ -1,13 +1,14 @@
-// Rows of logits as the threads of a block read and write them: eight entries a thread and step, converted to the compute type.
+// Rows of logits as the threads of a block read and write them: some entries a thread and step, converted to the compute type.
 #pragma once
 
-#include "problem.h"
 #include "cuda/platform.cuh"
 #include "math/half.h"
+#include "problem.h"
 
 namespace kd::cuda {
 
-constexpr int entries = 8;
+// Entries of a thread and step where speed counts: 16 bytes of the narrowest dtypes.
+constexpr int most_entries = 8;
 
 // Logits are clamped here from below, see csrc/cpu/row_blocks.h.
 constexpr double logit_floor = -1e5;
@@ -22,12 +23,16 @@ struct Columns {
   __device__ __forceinline__ bool valid(int i) const { return at(i) < vocab; }
 };
 
-// Calls body(columns, whole) for all steps of this thread; `whole`: all eight lie in the row.
-template <class Body>
+// Calls body(columns, whole) for all steps of this thread; `whole`: all entries lie in the row. Backwards, what was read last
+// comes first: it is the likeliest still in a cache.
+template <int entries, bool backwards = false, class Body>
 __device__ __forceinline__ void for_steps(int64_t vocab, bool adjacent, Body body) {
   const int64_t threads = blockDim.x, thread = threadIdx.x;
-  for (int64_t start = 0; start < vocab; start += threads * entries) {
-    const Columns columns = adjacent ? Columns{start + thread * entries, 1, vocab} : Columns{start + thread, threads, vocab};
+  const int64_t length = threads * entries, last = (vocab - 1) / length * length;
+  for (int64_t done = 0; done < vocab; done += length) {
+    const int64_t start = backwards ? last - done : done;
+    const Columns columns =
+        adjacent ? Columns{start + thread * entries, 1, vocab} : Columns{start + thread, threads, vocab};
     body(columns, columns.at(entries - 1) < vocab);
   }
 }
@@ -40,27 +45,31 @@ template <class Real>
 struct Row {
   const char* data = nullptr;
   DType dtype = DType::float32;
-  Real softcap = 0;
 
-  __device__ __forceinline__ Row(const Matrix& matrix, int64_t row, double softcap)
+  __device__ __forceinline__ Row(const Matrix& matrix, int64_t row)
       : data(static_cast<const char*>(matrix.data) + row * matrix.stride * dtype_bytes(matrix.dtype)),
-        dtype(matrix.dtype),
-        softcap(static_cast<Real>(softcap)) {}
+        dtype(matrix.dtype) {}
 
   // The logits as stored; what lies outside the row reads as the floor.
+  template <int entries>
   __device__ __forceinline__ void load(const Columns& columns, bool whole, Real* out) const {
-    if (whole && columns.step == 1) {
-      load_vectors(columns.first, out);
-      return;
+    if constexpr (entries == most_entries) {
+      if (whole && columns.step == 1) {
+        load_vectors(columns.first, out);
+        return;
+      }
     }
 #pragma unroll
-    for (int i = 0; i < entries; ++i) out[i] = columns.valid(i) ? load_one(columns.at(i)) : static_cast<Real>(logit_floor);
+    for (int i = 0; i < entries; ++i)
+      out[i] = columns.valid(i) ? load_one(columns.at(i)) : static_cast<Real>(logit_floor);
   }
 
   __device__ __forceinline__ Real load_one(int64_t column) const {
+    if constexpr (sizeof(Real) == 8) {  // else no side is double
+      if (dtype == DType::float64) return reinterpret_cast<const double*>(data)[column];
+    }
     switch (dtype) {
       case DType::float32: return static_cast<Real>(reinterpret_cast<const float*>(data)[column]);
-      case DType::float64: return static_cast<Real>(reinterpret_cast<const double*>(data)[column]);
       case DType::bfloat16:
         return static_cast<Real>(KD_ISA::bfloat_to_float(reinterpret_cast<const uint16_t*>(data)[column]));
       default: return static_cast<Real>(KD_ISA::half_to_float(reinterpret_cast<const uint16_t*>(data)[column]));
@@ -71,13 +80,13 @@ struct Row {
     if (dtype == DType::float32) {
       const float4* source = reinterpret_cast<const float4*>(data + column * 4);
 #pragma unroll
-      for (int i = 0; i < entries / 4; ++i) {
+      for (int i = 0; i < most_entries / 4; ++i) {
         const float4 four = source[i];
         out[4 * i] = four.x, out[4 * i + 1] = four.y, out[4 * i + 2] = four.z, out[4 * i + 3] = four.w;
       }
-    } else if (dtype == DType::float64) {
+    } else if (sizeof(Real) == 8 && dtype == DType::float64) {
 #pragma unroll
-      for (int i = 0; i < entries; ++i) out[i] = load_one(column + i);
+      for (int i = 0; i < most_entries; ++i) out[i] = load_one(column + i);
     } else {
       const uint4 eight = *reinterpret_cast<const uint4*>(data + column * 2);
       const unsigned words[4] = {eight.x, eight.y, eight.z, eight.w};
@@ -95,18 +104,21 @@ struct Row {
 // A row of a gradient, in the dtype of its logits; nothing happens where it is not wanted.
 template <class Real>
 struct Stored {
-  char* data = nullptr;
+  char* data = nullptr;  // null: not wanted
   DType dtype = DType::float32;
 
   __device__ __forceinline__ Stored(const Matrix& matrix, int64_t row)
       : data(matrix.data ? static_cast<char*>(matrix.data) + row * matrix.stride * dtype_bytes(matrix.dtype) : nullptr),
         dtype(matrix.dtype) {}
 
+  template <int entries>
   __device__ __forceinline__ void store(const Columns& columns, bool whole, const Real* values) const {
     if (!data) return;
-    if (whole && columns.step == 1 && dtype != DType::float64) {
-      store_vectors(columns.first, values);
-      return;
+    if constexpr (entries == most_entries) {
+      if (whole && columns.step == 1 && dtype != DType::float64) {
+        store_vectors(columns.first, values);
+        return;
+      }
     }
 #pragma unroll
     for (int i = 0; i < entries; ++i)
@@ -119,10 +131,16 @@ struct Stored {
   }
 
   __device__ __forceinline__ void store_one(int64_t column, Real value) const {
-    switch (dtype) {
-      case DType::float32: reinterpret_cast<float*>(data)[column] = static_cast<float>(value); break;
-      case DType::float64: reinterpret_cast<double*>(data)[column] = static_cast<double>(value); break;
-      default: reinterpret_cast<uint16_t*>(data)[column] = half_bits(value);
+    if constexpr (sizeof(Real) == 8) {
+      if (dtype == DType::float64) {
+        reinterpret_cast<double*>(data)[column] = value;
+        return;
+      }
+    }
+    if (dtype == DType::float32) {
+      reinterpret_cast<float*>(data)[column] = static_cast<float>(value);
+    } else {
+      reinterpret_cast<uint16_t*>(data)[column] = half_bits(value);
     }
   }
 
@@ -130,7 +148,7 @@ struct Stored {
     if (dtype == DType::float32) {
       float4* target = reinterpret_cast<float4*>(data + column * 4);
 #pragma unroll
-      for (int i = 0; i < entries / 4; ++i)
+      for (int i = 0; i < most_entries / 4; ++i)
         target[i] = {static_cast<float>(values[4 * i]), static_cast<float>(values[4 * i + 1]),
                      static_cast<float>(values[4 * i + 2]), static_cast<float>(values[4 * i + 3])};
     } else {
@@ -142,5 +160,23 @@ struct Stored {
     }
   }
 };
+
+// How many threads walk a row: each has at least two steps to do.
+inline unsigned threads_for(int64_t vocab, int entries = most_entries, unsigned most = 512) {
+  unsigned threads = 32;
+  while (threads < most && static_cast<int64_t>(threads) * entries * 2 < vocab) threads *= 2;
+  return threads;
+}
+
+// Whether a thread may load and store 16 bytes at once from every row.
+inline bool aligned(const Matrix& matrix) {
+  const int64_t bytes = dtype_bytes(matrix.dtype);
+  return !matrix.data || (reinterpret_cast<uint64_t>(matrix.data) % 16 == 0 && matrix.stride * bytes % 16 == 0);
+}
+
+template <class Real>
+__device__ __forceinline__ Real of_row(const PerRow& per_row, int64_t row) {
+  return per_row.values ? static_cast<const Real*>(per_row.values)[row] : static_cast<Real>(per_row.value);
+}
 
 }  // namespace kd::cuda

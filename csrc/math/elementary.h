@@ -18,6 +18,11 @@ KD_INLINE To bit_cast(From from) {
 
 // 2^x for x <= 127. Underflows to 0 below -126, so it never returns a subnormal. NaN stays NaN.
 KD_INLINE float exp2(float x) {
+#if defined(__CUDA_ARCH__)
+  float hardware;  // relative error 2^-22
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(hardware) : "f"(x));
+  return hardware;
+#else
   const float round_to_int = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
   const float shifted = x + round_to_int;
   const float r = x - (shifted - round_to_int);
@@ -31,6 +36,7 @@ KD_INLINE float exp2(float x) {
   const float scale = bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + 0x3F800000u);
   const float value = poly * scale;
   return x < -126.0f ? 0.0f : value;
+#endif
 }
 
 // 2^x for x <= 1023; 0 below -1022.
@@ -63,6 +69,11 @@ KD_INLINE Real exp(Real x) {
 
 // log(x) for normal x > 0. NaN stays NaN.
 KD_INLINE float log(float x) {
+#if defined(__CUDA_ARCH__)
+  float hardware;  // log2; absolute error 2^-22 near 1, else relative
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(hardware) : "f"(x));
+  return hardware * 0.69314718056f;
+#else
   const int32_t bits = bit_cast<int32_t>(x);
   const int32_t exponent = (bits - 0x3F2AAAAB) & static_cast<int32_t>(0xFF800000);  // mantissa in [2/3, 4/3)
   const float f = bit_cast<float>(bits - exponent) - 1.0f;
@@ -77,6 +88,7 @@ KD_INLINE float log(float x) {
   const float f2 = f * f;
   const float value = n * 0.69314718056f + ((poly * f) * f2 + (f - 0.5f * f2));
   return x != x ? x : value;
+#endif
 }
 
 KD_INLINE double log(double x) {

@@ -50,7 +50,7 @@ struct Fiber {
   unsigned mask = 0;
   Exchange kind = Exchange::shuffle;
   Index3 index;
-  uint64_t given = 0;                // to the exchange it waits at
+  uint64_t given = 0;                 // to the exchange it waits at
   uint64_t received[warp_size] = {};  // of the last exchange, by lane
 };
 
@@ -101,8 +101,9 @@ class Block {
   const Launch& launch() const { return launch_; }
 
   std::string where(int line, int thread) const {
-    return std::string(launch_.kernel) + ", line " + std::to_string(line) + ", block (" + std::to_string(block_.x) + ", " +
-           std::to_string(block_.y) + ", " + std::to_string(block_.z) + "), thread " + std::to_string(thread) + ": ";
+    return std::string(launch_.kernel) + ", line " + std::to_string(line) + ", block (" + std::to_string(block_.x) +
+           ", " + std::to_string(block_.y) + ", " + std::to_string(block_.z) + "), thread " + std::to_string(thread) +
+           ": ";
   }
 
   void wait(State state, int line) {
@@ -130,7 +131,8 @@ class Block {
   }
 
   SharedArray& dynamic(int line, size_t element_bytes) {
-    if (!dynamic_) dynamic_ = std::make_unique<SharedArray>(launch_.dynamic_shared_bytes / element_bytes, element_bytes);
+    if (!dynamic_)
+      dynamic_ = std::make_unique<SharedArray>(launch_.dynamic_shared_bytes / element_bytes, element_bytes);
     if (dynamic_->element_bytes != element_bytes)
       throw Fault(where(line, current_) + "dynamic shared memory is read as elements of two sizes");
     return *dynamic_;
@@ -214,7 +216,8 @@ class Block {
 
   void leave(Fiber& fiber, [[maybe_unused]] bool for_good) {
 #if KD_FIBERS_ARE_SANITIZED
-    __sanitizer_start_switch_fiber(for_good ? nullptr : &fiber.sanitizer_stack, scheduler_stack_, scheduler_stack_bytes_);
+    __sanitizer_start_switch_fiber(for_good ? nullptr : &fiber.sanitizer_stack, scheduler_stack_,
+                                   scheduler_stack_bytes_);
 #endif
     swapcontext(&fiber.context, &scheduler_);
 #if KD_FIBERS_ARE_SANITIZED

@@ -72,11 +72,14 @@ T atomic_change(SharedElement<T> place, T value, T (*combine)(T, T)) {
 }  // namespace kd::emulation
 
 #define __shfl_sync(mask, value, source) ::kd::emulation::shuffled(__LINE__, mask, value, source)
-#define __shfl_xor_sync(mask, value, bits) ::kd::emulation::shuffled(__LINE__, mask, value, ::kd::emulation::lane() ^ (bits))
-#define __shfl_down_sync(mask, value, distance) \
-  ::kd::emulation::shuffled(__LINE__, mask, value, ::kd::emulation::lane_or_own(::kd::emulation::lane() + int(distance)))
-#define __shfl_up_sync(mask, value, distance) \
-  ::kd::emulation::shuffled(__LINE__, mask, value, ::kd::emulation::lane_or_own(::kd::emulation::lane() - int(distance)))
+#define __shfl_xor_sync(mask, value, bits) \
+  ::kd::emulation::shuffled(__LINE__, mask, value, ::kd::emulation::lane() ^ (bits))
+#define __shfl_down_sync(mask, value, distance)    \
+  ::kd::emulation::shuffled(__LINE__, mask, value, \
+                            ::kd::emulation::lane_or_own(::kd::emulation::lane() + int(distance)))
+#define __shfl_up_sync(mask, value, distance)      \
+  ::kd::emulation::shuffled(__LINE__, mask, value, \
+                            ::kd::emulation::lane_or_own(::kd::emulation::lane() - int(distance)))
 #define __ballot_sync(mask, vote) ::kd::emulation::ballot(__LINE__, mask, vote)
 #define __any_sync(mask, vote) (::kd::emulation::ballot(__LINE__, mask, vote) != 0)
 #define __all_sync(mask, vote) (::kd::emulation::ballot(__LINE__, mask, vote) == (mask))

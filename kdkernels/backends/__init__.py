@@ -1,7 +1,7 @@
 """Which backend serves a tensor here, and why not the others.
 
 ``reference`` is plain PyTorch, ``cpu`` the native C++ kernels, ``triton`` the GPU kernels (and Triton's interpreter on CPU
-tensors). Each of the last two is a row backend, see ``kdkernels.backends.rows``.
+tensors), ``cuda`` the GPU kernels in CUDA C++. Each of the last three is a row backend, see ``kdkernels.backends.rows``.
 """
 
 from __future__ import annotations
@@ -12,9 +12,13 @@ import importlib.util
 import warnings
 from typing import Any, NamedTuple
 
-__all__ = ["BackendStatus", "backends", "row_backend", "select"]
+__all__ = ["BackendStatus", "backends", "row_backend", "select", "serves"]
 
-NAMES = ("reference", "cpu", "triton")
+NAMES = ("reference", "cpu", "triton", "cuda")
+BEST = {"cpu": ("cpu",)}
+BEST_ELSEWHERE = ("triton", "cuda")
+"""The backends with kernels for a type of device, best first. No order of the last two has been measured: Triton has every
+family."""
 HAVE_TOTAL = ("cpu",)
 """The row backends with a ``divergence_total``."""
 HAVE_LISTS = ("cpu",)
@@ -55,16 +59,24 @@ def warn_fallback(name: str, reason: str) -> None:
     warnings.warn(f"kdkernels falls back to plain PyTorch: the {name} backend is not available, {reason}", stacklevel=2)
 
 
-def select(requested: str | None, device: str) -> str:
-    """The backend for tensors on a device of this type: the one requested, or the best available.
+def serves(name: str, family: str) -> tuple[bool, str]:
+    """Whether a backend has kernels of a family, and the reason why not."""
+    families = getattr(row_backend(name), "FAMILIES", None) if name != "reference" else None
+    if families is None or family in families:
+        return True, ""
+    return False, f"it has no kernel for {family} (it has {', '.join(families)})"
+
+
+def select(requested: str | None, device: str, family: str = "divergence") -> str:
+    """The backend for tensors on a device of this type: the one requested, or the best that has the family.
 
     Raises:
-        TypeError, ValueError: ``backend`` is not the name of one, or it does not serve the device.
+        TypeError, ValueError: ``backend`` is not the name of one, or it does not serve the device or the family.
         RuntimeError: the backend requested by name is not available here.
     """
     if requested is not None and not isinstance(requested, str):
         raise TypeError(f"backend must be None or one of {', '.join(NAMES)}, got {requested!r}")
-    return choose(requested, device)
+    return choose(requested, device, family)
 
 
 # What torch.compiler.assume_constant_result does, without importing the compiler, which takes longer than all the rest.
@@ -72,13 +84,17 @@ select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def choose(requested: str | None, device: str) -> str:
+def choose(requested: str | None, device: str, family: str) -> str:
     if requested is None:
-        best = "cpu" if device == "cpu" else "triton"
-        supported, reason = row_backend(best).supports(device)
-        if supported:
-            return best
-        warn_fallback(best, reason)
+        reasons = {}
+        for name in BEST.get(device, BEST_ELSEWHERE):
+            able, reasons[name] = row_backend(name).supports(device)
+            if able:
+                able, reasons[name] = serves(name, family)
+            if able:
+                return name
+        best = next(iter(reasons))
+        warn_fallback(best, reasons[best])
         return "reference"
     if requested not in NAMES:
         raise ValueError(f"backend must be None or one of {', '.join(NAMES)}, got {requested!r}")
@@ -88,4 +104,9 @@ def choose(requested: str | None, device: str) -> str:
         supported, reason = row_backend(requested).supports(device)
         if not supported:
             raise ValueError(f"backend={requested!r} cannot be used here: {reason}")
+        served, reason = serves(requested, family)
+        if not served:
+            raise ValueError(
+                f"backend={requested!r} cannot be used here: {reason}; leave backend at None, which takes one that has it"
+            )
     return requested

@@ -37,7 +37,7 @@ def angle_loss(student: Tensor, teacher: Tensor, *, backend: str | None = None) 
     """
     arguments.check_points(student, teacher)
     device = student.device.type
-    backend = backend_for(backend, device)
+    backend = backend_for(backend, device, "angle")
     with autocast_disabled(device):
         if backend == "reference":
             return reference_loss(student, teacher)

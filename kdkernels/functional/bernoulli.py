@@ -88,7 +88,7 @@ def bernoulli_loss(
         vocab_size=vocab_size,
     )
     device = problem.student.tensor.device.type
-    backend = backend_for(backend, device)
+    backend = backend_for(backend, device, "bernoulli")
     if backend == "reference":
         return bernoulli_reference.loss(problem, targets, total)
     refuse_temperature_gradient(problem)

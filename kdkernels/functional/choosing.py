@@ -10,9 +10,9 @@ from kdkernels.transforms import transformed
 __all__ = ["backend_for"]
 
 
-def backend_for(requested: str | None, device: str) -> str:
+def backend_for(requested: str | None, device: str, family: str) -> str:
     """The backend requested or, without a request, the best; in function transformations only the reference works."""
-    name: str = select_backend(requested, device)
+    name: str = select_backend(requested, device, family)
     if name == "reference" or torch.compiler.is_compiling() or not transformed():
         return name
     if requested is not None:

@@ -130,7 +130,7 @@ def distillation_loss(
     )
     problem = arguments.with_tolerance(problem, gradient_tolerance, gradient_rounding, generator)
     device = problem.student.tensor.device.type
-    backend = backend_for(backend, device)
+    backend = backend_for(backend, device, "divergence" if problem.sparse is None else "sparse_divergence")
     if backend == "reference":
         return divergence_reference.loss(problem, total)
     refuse_temperature_gradient(problem)

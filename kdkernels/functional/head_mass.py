@@ -106,7 +106,7 @@ def head_tail_gap(
 
 def rows(problem: HeadProblem, memory_budget: int | None, backend: str | None) -> tuple[Tensor, Tensor]:
     device = problem.teacher.tensor.device.type
-    backend = backend_for(backend, device)
+    backend = backend_for(backend, device, "head_mass")
     with torch.no_grad(), autocast_disabled(device):
         if backend == "reference":
             return head_mass_rows(problem)

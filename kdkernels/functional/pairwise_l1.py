@@ -57,7 +57,7 @@ def pairwise_l1(
         student, teacher, temperature=temperature, teacher_temperature=teacher_temperature, vocab_size=vocab_size
     )
     device = pairs.student.tensor.device.type
-    backend = backend_for(backend, device)
+    backend = backend_for(backend, device, "pairwise_l1")
     with autocast_disabled(device):
         if backend == "reference":
             return reference_distances(pairs)

@@ -86,7 +86,7 @@ def plackett_luce(
     )
     problem = ranking.problem
     device = problem.student.tensor.device.type
-    backend = backend_for(backend, device)
+    backend = backend_for(backend, device, "ranking")
     refuse_temperature_gradient(problem)
     with autocast_disabled(device):
         if backend == "reference":
@@ -129,7 +129,7 @@ def token_ranks(
     arguments.check_memory_budget(memory_budget)
     counting = arguments.prepare_token_ranks(source, ids, vocab_size=vocab_size)
     device = counting.source.tensor.device.type
-    backend = backend_for(backend, device)
+    backend = backend_for(backend, device, "ranking")
     with autocast_disabled(device):
         if backend == "reference":
             return rank_rows(counting).reshape(counting.shape)

@@ -62,6 +62,6 @@ def unpack(packed: PackedLogits) -> TopKLogits:
 
 def records_room(tensor: Tensor | None, function: str) -> Any:
     """The module that does this to records on the device of the tensor: the best backend's if it can, or the reference."""
-    name = "reference" if tensor is None else select_backend(None, tensor.device.type)
+    name = "reference" if tensor is None else select_backend(None, tensor.device.type, "records")
     module = records_reference if name == "reference" else row_backend(name)
     return module if hasattr(module, function) else records_reference

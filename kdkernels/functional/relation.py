@@ -92,7 +92,7 @@ def relation_loss(
         reduction=reduction,
     )
     device = student_left.device.type
-    backend = backend_for(backend, device)
+    backend = backend_for(backend, device, "relation")
     with autocast_disabled(device):
         if backend == "reference":
             return reference_loss(relation)

@@ -93,7 +93,7 @@ def sinkhorn(
         warm_start=warm_start,
     )
     device = cost.device.type
-    backend = backend_for(backend, device)
+    backend = backend_for(backend, device, "sinkhorn")
     with autocast_disabled(device):
         if backend == "reference":
             result = as_result(problem, solve(problem))

@@ -106,7 +106,7 @@ def sorted_l1(
         error_bound=error_bound,
     )
     device = problem.student.tensor.device.type
-    backend = backend_for(backend, device)
+    backend = backend_for(backend, device, "sorted_l1")
     rounding = rounding_bound(problem)
     if backend == "reference":
         values = sorted_l1_rows(problem)

@@ -54,7 +54,7 @@ def token_log_probs(
         source, labels, temperature=temperature, mask=mask, ignore_index=ignore_index, vocab_size=vocab_size
     )
     device = problem.student.tensor.device.type
-    backend = backend_for(backend, device)
+    backend = backend_for(backend, device, "sparse_divergence")
     with autocast_disabled(device):
         if backend == "reference":
             return label_log_probs(problem).reshape(problem.batch_shape)
@@ -92,7 +92,7 @@ def token_set_log_probs(
     found = arguments.prepare_token_set(source, token_set, temperature=temperature, mask=mask, vocab_size=vocab_size)
     problem = found.problem
     device = problem.student.tensor.device.type
-    backend = backend_for(backend, device)
+    backend = backend_for(backend, device, "token_set")
     with autocast_disabled(device):
         if backend == "reference":
             return set_log_probs(found).reshape(problem.batch_shape)

@@ -54,7 +54,7 @@ def token_statistics(
         teacher_temperature=teacher_temperature,
         vocab_size=vocab_size,
     )
-    backend = backend_for(backend, problem.student.tensor.device.type)
+    backend = backend_for(backend, problem.student.tensor.device.type, "token_statistics")
     with torch.no_grad():
         if backend == "reference":
             return reference_statistics(problem)

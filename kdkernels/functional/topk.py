@@ -55,7 +55,7 @@ def topk_logits(
     arguments.check_memory_budget(memory_budget)
     picking = arguments.prepare_topk(source, k, top_p=top_p, temperature=temperature, vocab_size=vocab_size)
     device = picking.source.tensor.device.type
-    backend = backend_for(backend, device)
+    backend = backend_for(backend, device, "topk")
     with torch.no_grad(), autocast_disabled(device):
         if backend == "reference":
             rows = topk_reference.topk_rows(picking)
@@ -107,7 +107,7 @@ def sample_logits(
         vocab_size=vocab_size,
     )
     device = picking.source.tensor.device.type
-    backend = backend_for(backend, device)
+    backend = backend_for(backend, device, "topk")
     with torch.no_grad(), autocast_disabled(device):
         uniforms = uniform_numbers(picking, generator)
         if backend == "reference":

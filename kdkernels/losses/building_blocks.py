@@ -119,7 +119,7 @@ class Standardised(nn.Module):
         mine, shape = dense("student", student)
         with torch.no_grad():
             theirs, _ = dense("teacher", detached(teacher))
-            backend = backend_for(self.backend, mine.device.type)
+            backend = backend_for(self.backend, mine.device.type, "row_deviation")
             mean, deviation = row_deviation(mine, backend)
             teacher_deviation = row_deviation(theirs, backend)[1]
         through: Tensor = ThroughDeviation.apply(mine, mean, deviation, backend)  # type: ignore[no-untyped-call]

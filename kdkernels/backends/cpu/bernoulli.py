@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdkernels.backends.cpu.divergence import sides_arguments
-from kdkernels.backends.cpu.launching import address, module
+from kdkernels.backends.compiled.divergence import sides_arguments
+from kdkernels.backends.cpu.launching import LIBRARY, address, module
 from kdkernels.backends.rows import RowSpec, compute_dtype
 
 __all__ = ["bernoulli"]
@@ -17,7 +17,7 @@ def bernoulli(
 ) -> Tensor:
     values = torch.empty(student.shape[0], dtype=compute_dtype(student, targets))
     module().bernoulli(
-        *sides_arguments(student, targets, spec),
+        *sides_arguments(LIBRARY, student, targets, spec),
         spec.kind,
         values.data_ptr(),
         address(grad_values),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdkernels.backends.cpu.divergence import lists_arguments
+from kdkernels.backends.compiled.divergence import lists_arguments
 from kdkernels.backends.cpu.launching import DTYPES, address, module
 from kdkernels.backends.gradient_entries import EntryLists
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kdkernels.backends.cpu.divergence import sides_arguments
-from kdkernels.backends.cpu.launching import address, module
+from kdkernels.backends.compiled.divergence import sides_arguments
+from kdkernels.backends.cpu.launching import LIBRARY, address, module
 from kdkernels.backends.head_mass import empty
 from kdkernels.backends.rows import RowSpec
 
@@ -16,7 +16,7 @@ def head_mass(teacher: Tensor, student: Tensor | None, spec: RowSpec) -> tuple[T
     thresholds, gaps = empty(teacher, student)
     # The kernel has the sides in the order that all kernels have them; without a student that side is not read.
     module().head_mass(
-        *sides_arguments(teacher if student is None else student, teacher, spec),
+        *sides_arguments(LIBRARY, teacher if student is None else student, teacher, spec),
         spec.a,
         address(spec.parameters),
         spec.b != 0,

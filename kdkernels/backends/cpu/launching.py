@@ -5,16 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kdkernels.backends import native
-from kdkernels.backends.rows import Composition
+from kdkernels.backends.compiled.library import DTYPES, FLOAT64, Library, address
 
-__all__ = ["DTYPES", "FLOAT64", "address", "composition", "module", "status", "supports"]
-
-FLOAT64 = 3
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: FLOAT64}
+__all__ = ["DTYPES", "FLOAT64", "LIBRARY", "address", "module", "status", "supports"]
 
 
 def status() -> tuple[bool, str]:
@@ -41,26 +36,5 @@ def module() -> Any:
     return native.module
 
 
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def composition(parts: Composition | None) -> Any:
-    """What the kernels are told about a composition whose sources are logits; None: nothing."""
-    if parts is None:
-        return None
-    others = [
-        (other.tensor.data_ptr(), other.tensor.stride(0), DTYPES[other.tensor.dtype], other.softcap)
-        for other in parts.others
-    ]
-    columns = parts.columns
-    return module().Composition(
-        others,
-        address(parts.coefficients),
-        address(parts.offsets),
-        address(parts.class_bias),
-        address(parts.bounds),
-        0 if columns is None else columns.shape[1],
-        address(columns),
-        address(parts.values),
-    )
+LIBRARY = Library(module, lambda tensor: torch.get_num_threads())
+"""The kernels, on as many threads as torch uses."""

@@ -2,105 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
-import torch
-from torch import Tensor
-
-from kdkernels.backends.cpu.launching import DTYPES, FLOAT64, address, module
-from kdkernels.backends.rows import PairSpec, Tempering, compute_dtype
+from kdkernels.backends.compiled import pairwise_l1 as compiled
+from kdkernels.backends.cpu.launching import LIBRARY
 
 __all__ = ["pairwise_l1_backward", "pairwise_l1_forward", "pairwise_normalisers"]
 
-
-def pairwise_normalisers(logits: Tensor, tempering: Tempering, dtype: torch.dtype) -> Tensor:
-    normalisers = torch.empty(logits.shape[0], 2, dtype=dtype)
-    module().pairwise_normalisers(
-        torch.get_num_threads(),
-        dtype == torch.float64,
-        *logits.shape,
-        logits.data_ptr(),
-        logits.stride(0),
-        DTYPES[logits.dtype],
-        tempering.temperature,
-        tempering.softcap,
-        normalisers.data_ptr(),
-    )
-    return normalisers
-
-
-def _side(
-    logits: Tensor,
-    rows: int,
-    tempering: Tempering,
-    normalisers: Tensor,
-    gradient: Tensor | None,
-    centres: Tensor | None,
-) -> tuple[Any, ...]:
-    """The arguments of the kernel that say everything of one side."""
-    return (
-        rows,
-        logits.data_ptr(),
-        logits.stride(0),
-        DTYPES[logits.dtype],
-        tempering.temperature,
-        tempering.softcap,
-        normalisers.data_ptr(),
-        *((0, 0) if gradient is None else (gradient.data_ptr(), gradient.stride(0))),
-        address(centres),
-    )
-
-
-def _launch(
-    student: Tensor,
-    teacher: Tensor,
-    spec: PairSpec,
-    normalisers: Sequence[Tensor],
-    centres: Sequence[Tensor | None] = (None, None),
-    gradients: Sequence[Tensor | None] = (None, None),
-    *,
-    distance: Tensor | None = None,
-    signed_mass: Tensor | None = None,
-    grad: Tensor | None = None,
-) -> None:
-    module().pairwise_l1(
-        torch.get_num_threads(),
-        FLOAT64 in {DTYPES[student.dtype], DTYPES[teacher.dtype]},
-        spec.problems,
-        student.shape[1],
-        *_side(student, spec.student_rows, spec.student, normalisers[0], gradients[0], centres[0]),
-        *_side(teacher, spec.teacher_rows, spec.teacher, normalisers[1], gradients[1], centres[1]),
-        address(distance),
-        address(signed_mass),
-        address(grad),
-    )
-
-
-def pairwise_l1_forward(
-    student: Tensor, teacher: Tensor, spec: PairSpec, normalisers: Sequence[Tensor], with_signs: bool
-) -> tuple[Tensor, Tensor]:
-    distance = torch.empty(spec.shape, dtype=compute_dtype(student, teacher))
-    signed_mass = distance.new_empty(spec.shape if with_signs else 0)
-    _launch(
-        student,
-        teacher,
-        spec,
-        normalisers,
-        distance=distance,
-        signed_mass=signed_mass if with_signs else None,
-    )
-    return distance, signed_mass
-
-
-def pairwise_l1_backward(
-    student: Tensor,
-    teacher: Tensor,
-    spec: PairSpec,
-    normalisers: Sequence[Tensor],
-    grad: Tensor,
-    centres: Sequence[Tensor],
-    grad_student: Tensor | None,
-    grad_teacher: Tensor | None,
-) -> None:
-    _launch(student, teacher, spec, normalisers, centres, (grad_student, grad_teacher), grad=grad)
+pairwise_normalisers = partial(compiled.pairwise_normalisers, LIBRARY)
+pairwise_l1_forward = partial(compiled.pairwise_l1_forward, LIBRARY)
+pairwise_l1_backward = partial(compiled.pairwise_l1_backward, LIBRARY)

@@ -2,108 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from kdkernels.backends.cpu.launching import address, module
-from kdkernels.backends.transport import (
-    GRADIENTS,
-    SOLVER_TOLERANCE,
-    TransportGradients,
-    TransportSpec,
-    TransportValues,
-)
+from kdkernels.backends.compiled import sinkhorn as compiled
+from kdkernels.backends.cpu.launching import LIBRARY
 
 __all__ = ["SINKHORN_POTENTIALS", "sinkhorn_backward", "sinkhorn_forward"]
 
-SINKHORN_POTENTIALS = torch.float64
-"""In single precision a potential of 1e4 has lost the digits that matter at an epsilon of 1e-3."""
-
-
-def problem_arguments(cost: Tensor, a: Tensor, b: Tensor, spec: TransportSpec) -> tuple[Any, ...]:
-    """The leading arguments of both kernels; ``cost`` has the compute type."""
-    return (
-        torch.get_num_threads(),
-        a.dtype == torch.float64,
-        *cost.shape,
-        cost.data_ptr(),
-        a.data_ptr(),
-        b.data_ptr(),
-        address(spec.row_lengths),
-        address(spec.column_lengths),
-        address(spec.start),
-        spec.epsilon,
-        spec.tolerance,
-        spec.row_reach,
-        spec.column_reach,
-        spec.epsilon_start,
-        spec.epsilon_decay,
-        spec.max_iterations,
-    )
-
-
-def potentials_arguments(values: TransportValues) -> tuple[int, ...]:
-    histories = (0, 0) if values.f_history.shape[1] == 0 else (values.f_history.data_ptr(), values.g_history.data_ptr())
-    return values.f.data_ptr(), values.g.data_ptr(), values.iterations.data_ptr(), *histories
-
-
-def history(batch: int, steps: int, size: int) -> Tensor:
-    """Zeros, of which the system makes only those pages that are written, as torch's own do not."""
-    return torch.from_numpy(np.zeros((batch, steps, size)))
-
-
-def sinkhorn_forward(cost: Tensor, a: Tensor, b: Tensor, spec: TransportSpec, keep_history: bool) -> TransportValues:
-    batch, n, m = cost.shape
-    steps = spec.max_iterations if keep_history else 0
-    values = TransportValues(
-        distance=a.new_empty(batch),
-        value=a.new_empty(batch),
-        f=a.new_empty(batch, n, dtype=SINKHORN_POTENTIALS),
-        g=a.new_empty(batch, m, dtype=SINKHORN_POTENTIALS),
-        iterations=a.new_empty(batch, dtype=torch.int64),
-        error=a.new_empty(batch),
-        status=a.new_empty(batch, dtype=torch.int32),
-        f_history=history(batch, steps, n),
-        g_history=history(batch, steps, m),
-    )
-    cost = cost.to(a.dtype)
-    module().sinkhorn(
-        *problem_arguments(cost, a, b, spec),
-        *potentials_arguments(values),
-        values.distance.data_ptr(),
-        values.value.data_ptr(),
-        values.error.data_ptr(),
-        values.status.data_ptr(),
-    )
-    return values
-
-
-def sinkhorn_backward(
-    cost: Tensor,
-    a: Tensor,
-    b: Tensor,
-    values: TransportValues,
-    spec: TransportSpec,
-    gradient: str,
-    upstream: TransportGradients,
-    grad_cost: Tensor | None,
-    grad_a: Tensor | None,
-    grad_b: Tensor | None,
-) -> None:
-    computed = cost.to(a.dtype)
-    into = grad_cost if grad_cost is None or grad_cost.dtype == a.dtype else torch.empty_like(computed)
-    module().sinkhorn_gradient(
-        *problem_arguments(computed, a, b, spec),
-        *potentials_arguments(values),
-        GRADIENTS.index(gradient),
-        SOLVER_TOLERANCE[a.dtype],
-        *(address(each) for each in upstream),
-        address(into),
-        address(grad_a),
-        address(grad_b),
-    )
-    if grad_cost is not None and into is not None and into is not grad_cost:
-        grad_cost.copy_(into)
+SINKHORN_POTENTIALS = compiled.SINKHORN_POTENTIALS
+sinkhorn_forward = partial(compiled.sinkhorn_forward, LIBRARY)
+sinkhorn_backward = partial(compiled.sinkhorn_backward, LIBRARY)

@@ -2,47 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
-import torch
-from torch import Tensor
-
-from kdkernels.backends.cpu.launching import DTYPES, FLOAT64, module
-from kdkernels.backends.rows import Tempering, compute_dtype
+from kdkernels.backends.compiled import topk as compiled
+from kdkernels.backends.cpu.launching import LIBRARY
 
 __all__ = ["sample", "topk"]
 
-
-def _source(logits: Tensor) -> tuple[Any, ...]:
-    """The leading arguments of the kernels that read one matrix."""
-    dtype = DTYPES[logits.dtype]
-    return (torch.get_num_threads(), dtype == FLOAT64, *logits.shape, logits.data_ptr(), logits.stride(0), dtype)
-
-
-def topk(logits: Tensor, k: int, tempering: Tempering) -> tuple[Tensor, Tensor, Tensor]:
-    rows = logits.shape[0]
-    ids = torch.empty(rows, k, dtype=torch.int64)
-    log_probs = torch.empty(rows, k, dtype=compute_dtype(logits, None))
-    log_tail_mass = log_probs.new_empty(rows)
-    results = ids.data_ptr(), log_probs.data_ptr(), log_tail_mass.data_ptr()
-    module().topk(*_source(logits), tempering.temperature, tempering.softcap, k, *results)
-    return ids, log_probs, log_tail_mass
-
-
-def sample(logits: Tensor, uniforms: Tensor, tempering: Tempering) -> tuple[Tensor, Tensor, Tensor]:
-    ids = torch.empty(uniforms.shape, dtype=torch.int64)
-    weights = torch.empty(uniforms.shape, dtype=compute_dtype(logits, None))
-    entropy = weights.new_empty(uniforms.shape[0])
-    uniforms = uniforms.contiguous()
-    module().sample(
-        *_source(logits),
-        tempering.temperature,
-        tempering.proposal_temperature,
-        tempering.softcap,
-        uniforms.shape[1],
-        uniforms.data_ptr(),
-        ids.data_ptr(),
-        weights.data_ptr(),
-        entropy.data_ptr(),
-    )
-    return ids, weights, entropy
+topk = partial(compiled.topk, LIBRARY)
+sample = partial(compiled.sample, LIBRARY)

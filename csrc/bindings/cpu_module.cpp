@@ -54,21 +54,52 @@ void populate(void* data, int64_t bytes) {
 #endif
 }
 
+namespace {
+
+// A divergence with the scaled sum of its rows, if it is wanted.
+void divergence_on_cpu(int threads, RowProblem& problem) {
+  std::unique_ptr<double[]> weighted(problem.total ? new double[static_cast<size_t>(problem.rows)] : nullptr);
+  problem.weighted = weighted.get();
+  on_cpu<&Kernels::divergence>(threads, problem);
+  if (!problem.total) return;
+  // In the order of the rows, so that it does not depend on the threads.
+  double sum = 0;
+  for (int64_t row = 0; row < problem.rows; ++row) sum += weighted[static_cast<size_t>(row)];
+  if (problem.compute_double) {
+    *static_cast<double*>(problem.total) = sum;
+  } else {
+    *static_cast<float*>(problem.total) = static_cast<float>(sum);
+  }
+}
+
+// The families that GPUs have in C++ too.
+void bind_shared_families(py::module_& module) {
+  module.def("divergence", &divergence<int, &divergence_on_cpu>);
+  module.def("token_statistics", &token_statistics<int, &on_cpu<&Kernels::token_statistics, RowProblem>>);
+  module.def("sparse_divergence", &sparse_divergence<int, &on_cpu<&Kernels::sparse_divergence, SparseProblem>>);
+  module.def("topk", &topk<int, &on_cpu<&Kernels::topk, TopKProblem>>);
+  module.def("sample", &sample<int, &on_cpu<&Kernels::sample, SampleProblem>>);
+  module.def("pack_records", &pack_records<int, &on_cpu<&Kernels::pack_records, RecordProblem>>);
+  module.def("unpack_records", &unpack_records<int, &on_cpu<&Kernels::unpack_records, RecordProblem>>);
+  module.def("pairwise_normalisers",
+             &pairwise_normalisers<int, &on_cpu<&Kernels::pairwise_normalisers, PairNormalisers>>);
+  module.def("pairwise_l1", &pairwise_l1<int, &on_cpu<&Kernels::pairwise_l1, PairProblem>>);
+  module.def("sinkhorn", &sinkhorn<int, &on_cpu<&Kernels::sinkhorn, SinkhornProblem>>);
+  module.def("sinkhorn_gradient",
+             &sinkhorn_gradient<int, &on_cpu<&Kernels::sinkhorn_gradient, SinkhornGradientProblem>>);
+}
+
+}  // namespace
 }  // namespace kd
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "CPU kernels of kdkernels. Addresses and sizes are trusted: call through kdkernels.backends.cpu.";
-  kd::bind_divergence(module);
+  kd::bind_shared_families(module);
   kd::bind_bernoulli(module);
   kd::bind_head_mass(module);
-  kd::bind_sparse_divergence(module);
   kd::bind_gradient_entries(module);
-  kd::bind_records(module);
-  kd::bind_topk(module);
-  kd::bind_pairwise_l1(module);
   kd::bind_sorted_l1(module);
   kd::bind_ranking(module);
-  kd::bind_sinkhorn(module);
   kd::bind_angle(module);
   kd::bind_relation(module);
   kd::bind_row_deviation(module);

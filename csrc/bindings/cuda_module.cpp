@@ -1,0 +1,75 @@
+// The extension module with the CUDA kernels, on a GPU or, where they are emulated, on the host.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <utility>
+
+#include "bindings/divergence.h"
+#include "cuda/kernels.h"
+
+#if !defined(KD_EMULATED)
+#include <cuda_runtime_api.h>
+#define KD_MODULE_NAME _cuda
+#endif
+
+namespace kd {
+namespace {
+
+// A device's number and the address of one of its streams.
+using Device = std::pair<int, Address>;
+
+#if defined(KD_EMULATED)
+
+void make_current(int) {}
+
+std::string device_error() { return ""; }
+
+py::tuple versions() { return py::make_tuple(0, 0); }
+
+#else
+
+// The runtime that is linked in here keeps a current device of its own.
+void make_current(int device) {
+  const cudaError_t error = cudaSetDevice(device);
+  if (error != cudaSuccess)
+    throw std::runtime_error("cuda:" + std::to_string(device) + " cannot be used: " + cudaGetErrorString(error));
+}
+
+std::string device_error() {
+  int devices = 0;
+  const cudaError_t error = cudaGetDeviceCount(&devices);
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+
+py::tuple versions() {
+  int driver = 0, runtime = 0;
+  cudaDriverGetVersion(&driver);
+  cudaRuntimeGetVersion(&runtime);
+  return py::make_tuple(driver, runtime);
+}
+
+#endif
+
+template <auto kernels, class Problem>
+void on_gpu(Device device, Problem& problem) {
+  std::string error;
+  {
+    py::gil_scoped_release release;
+    make_current(device.first);
+    error = kernels(problem, reinterpret_cast<void*>(device.second));
+  }
+  if (!error.empty()) throw std::runtime_error(error);
+}
+
+}  // namespace
+}  // namespace kd
+
+PYBIND11_MODULE(KD_MODULE_NAME, module) {
+  using namespace kd;
+  module.doc() = "CUDA kernels of kdkernels. Addresses and sizes are trusted: call through kdkernels.backends.cuda.";
+  module.def("device_error", &device_error, "Why the runtime finds no device, or an empty text.");
+  module.def("versions", &versions, "Of the driver and of the runtime that is linked in, as 1000 major + 10 minor.");
+  module.attr("SAVED_STATISTICS") = cuda::saved_statistics;
+  module.def("divergence_forward", &divergence<Device, &on_gpu<&cuda::divergence_forward, RowProblem>>);
+  module.def("divergence_backward", &divergence<Device, &on_gpu<&cuda::divergence_backward, RowProblem>>);
+}

@@ -1,0 +1,17 @@
+// The CUDA kernels as the bindings call them. Each puts its kernels into a stream of the current device and returns what kept
+// it from doing so, or an empty text. Nothing waits and nothing is allocated, so that a graph can capture the calls.
+#pragma once
+
+#include <string>
+
+#include "problem.h"
+
+namespace kd::cuda {
+
+// Columns of what the forward of a divergence leaves to its backward.
+constexpr int saved_statistics = 9;
+
+std::string divergence_forward(const RowProblem& problem, void* stream);
+std::string divergence_backward(const RowProblem& problem, void* stream);
+
+}  // namespace kd::cuda

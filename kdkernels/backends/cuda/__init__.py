@@ -1,0 +1,26 @@
+"""The CUDA C++ backend: hands addresses of torch tensors to the kernels in ``csrc/cuda``.
+
+With ``KDKERNELS_CUDA_EMULATED`` set to the path of the module that the tests build, the same kernels run on the host under a
+block emulator, on CPU tensors.
+"""
+
+from kdkernels.backends.cuda.divergence import (
+    SAVED_STATISTICS,
+    divergence_backward,
+    divergence_forward,
+    divergence_fused,
+)
+from kdkernels.backends.cuda.launching import status, supports
+
+__all__ = [
+    "FAMILIES",
+    "SAVED_STATISTICS",
+    "divergence_backward",
+    "divergence_forward",
+    "divergence_fused",
+    "status",
+    "supports",
+]
+
+FAMILIES = ("divergence", "linear_divergence", "relation", "token_set")
+"""The kernel families that this backend serves."""
