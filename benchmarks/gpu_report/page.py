@@ -98,7 +98,7 @@ def spills(kernels: Sequence[KernelRow]) -> list[str]:
     text += f" and {len(cuda)} CUDA kernels" if cuda else ""
     parts = [
         "## Spills",
-        f"Of {text}, {len(spilling) or 'none'} {'keep' if len(spilling) != 1 else 'keeps'} registers in memory.",
+        f"Of {text}, {len(spilling) or 'none'} {'keep' if len(spilling) != 1 else 'keeps'} registers elsewhere.",
     ]
     if spilling:
         rows = [
@@ -107,6 +107,12 @@ def spills(kernels: Sequence[KernelRow]) -> list[str]:
         ]
         parts.append(
             table(("kernel", "call", "dtype", "target", "registers", "spilled bytes per thread"), rows, left=4)
+        )
+        parts.append(
+            prose("""
+                On gfx942 a scalar register that is kept in a lane of a vector register, not in memory, counts as 4 bytes
+                too.
+            """)
         )
     if not cuda:
         parts.append(

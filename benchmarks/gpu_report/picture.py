@@ -53,7 +53,7 @@ def draw_roofline(path: Path, rows: Sequence[ModelRow]) -> None:
         panel.grid(axis="both", alpha=0.25)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
-    figure.suptitle("Modelled, not measured: row kernels, forward and backward", fontsize=10)
+    figure.suptitle("Modelled, not measured: row kernels, forward and backward. Dashed: the goal of 1.15", fontsize=10)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, as_completed
@@ -21,6 +20,7 @@ console = Console(stderr=True)
 
 def main(
     quick: Annotated[bool, typer.Option(help="Few kernels and one dtype, in a minute.")] = False,
+    again: Annotated[bool, typer.Option(help="Compile and count nothing: the page anew from its tables.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for gpu.md and gpu/.")] = Path("docs"),
     jobs: Annotated[int, typer.Option(min=1, help="Processes that compile.")] = 2,
     peers_from: Annotated[
@@ -30,24 +30,14 @@ def main(
     """Write what is known of the GPU kernels without a GPU."""
     folder = out / "gpu"
     folder.mkdir(parents=True, exist_ok=True)
-    to_compile, to_count = matrix.tasks(quick)
-    contenders = [(*contender, dtype) for contender in peers.CONTENDERS for dtype in ("fp32", "bf16")]
-    path = os.pathsep.join(
-        filter(None, [str(peers_from.resolve()) if peers_from else "", os.environ.get("PYTHONPATH", "")])
-    )
-    with (
-        processes.start(1, TRITON_INTERPRET="1") as interpreter,
-        processes.start(jobs, TRITON_INTERPRET="0") as compiler,
-    ):
-        counted = [interpreter.submit(matrix.traffic_rows, *each) for each in to_count]
-        compared = [interpreter.submit(with_path, path, peers.compare, *each) for each in contenders]
-        compiled = [compiler.submit(matrix.compiled_rows, *each) for each in to_compile]
-        follow([*counted, *compared, *compiled])
-    kernels = [row for future in compiled for row in future.result()]
-    traffic = [row for future in counted for row in future.result()]
-    others = [future.result() for future in compared]
+    if again:
+        kernels = tables.read(folder / "kernels.csv", tables.KernelRow)
+        traffic = tables.read(folder / "traffic.csv", tables.TrafficRow)
+        others = tables.read(folder / "peers.csv", peers.PeerTraffic)
+    else:
+        kernels, traffic, others = computed(quick, jobs, peers_from)
     if library := cuda_extension.extension():
-        kernels += cuda_extension.kernel_rows(library)
+        kernels = [row for row in kernels if row.language != "CUDA"] + cuda_extension.kernel_rows(library)
     modelled = matrix.modelled_rows(kernels, traffic)
     for name, rows in (("kernels", kernels), ("traffic", traffic), ("model", modelled), ("peers", others)):
         tables.write(folder / f"{name}.csv", rows)
@@ -60,9 +50,31 @@ def main(
     console.print(f"written: {out / 'gpu.md'} and what it shows in {folder}")
 
 
-def with_path(path: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """A call in a process that also finds modules in the folders of ``path``."""
-    sys.path[:0] = [folder for folder in path.split(os.pathsep) if folder and folder not in sys.path]
+def computed(
+    quick: bool, jobs: int, peers_from: Path | None
+) -> tuple[list[tables.KernelRow], list[tables.TrafficRow], list[peers.PeerTraffic]]:
+    to_compile, to_count = matrix.tasks(quick)
+    contenders = [(*contender, dtype) for contender in peers.CONTENDERS for dtype in ("fp32", "bf16")]
+    folder = "" if peers_from is None else str(peers_from.resolve())
+    with (
+        processes.start(1, TRITON_INTERPRET="1") as interpreter,
+        processes.start(jobs, TRITON_INTERPRET="0") as compiler,
+    ):
+        counted = [interpreter.submit(matrix.traffic_rows, *each) for each in to_count]
+        compared = [interpreter.submit(with_folder, folder, peers.compare, *each) for each in contenders]
+        compiled = [compiler.submit(matrix.compiled_rows, *each) for each in to_compile]
+        follow([*counted, *compared, *compiled])
+    return (
+        [row for future in compiled for row in future.result()],
+        [row for future in counted for row in future.result()],
+        [future.result() for future in compared],
+    )
+
+
+def with_folder(folder: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """A call in a process that also finds modules in the folder."""
+    if folder and folder not in sys.path:
+        sys.path.insert(0, folder)
     return function(*arguments)
 
 

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 __all__ = ["KernelRow", "ModelRow", "TrafficRow", "read", "write"]
 
@@ -76,7 +76,7 @@ class ModelRow:
     """What bounds the slowest kernel."""
 
 
-Row = TypeVar("Row", KernelRow, TrafficRow, ModelRow)
+Row = TypeVar("Row")
 
 
 def write(path: Path, rows: Sequence[Any]) -> None:
@@ -90,10 +90,10 @@ def write(path: Path, rows: Sequence[Any]) -> None:
 
 
 def read(path: Path, kind: type[Row]) -> list[Row]:
-    """Rows as ``write`` wrote them; none if the file is not there."""
+    """Rows of a dataclass as ``write`` wrote them; none if the file is not there."""
     if not path.exists():
         return []
     converters = {"int": int, "float": float, "str": str}
-    types = {field.name: converters[str(field.type)] for field in fields(kind)}
+    types = {field.name: converters[str(field.type)] for field in fields(cast(Any, kind))}
     with path.open(newline="", encoding="utf-8") as file:
         return [kind(**{name: types[name](text) for name, text in row.items()}) for row in csv.DictReader(file)]
