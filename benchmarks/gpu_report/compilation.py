@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 from .objects import Loop, Resources, cuda_loops, hip_loops, read_resources
@@ -40,12 +40,6 @@ class Launch:
         return f"{self.kernel} {self.source.signature} {self.source.constants} {self.source.attrs} {self.options}"
 
 
-class AbsentGpu(NamedTuple):
-    name: str
-    architecture: str
-    warp_size: int
-
-
 @dataclass(frozen=True)
 class CompiledKernel:
     kernel: str
@@ -63,6 +57,7 @@ def recorded(target: str) -> Iterator[list[Launch]]:
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
+    from kdkernels.backends.devices import Device
     from kdkernels.backends.triton import launching
 
     gpu = GPUTarget(*TARGETS[target])
@@ -80,7 +75,7 @@ def recorded(target: str) -> Iterator[list[Launch]]:
         mock.patch.object(triton.JITFunction, "run", record),
         mock.patch.object(launching, "is_hip", return_value=gpu.backend == "hip"),
         # Where the backend finds tensors of the CPU, and what it chooses launch sizes for.
-        mock.patch.object(launching, "INTERPRETER", AbsentGpu(target, target, gpu.warp_size), create=True),
+        mock.patch.object(launching, "INTERPRETER", Device(target, target, gpu.warp_size)),
     ):
         yield launches
 

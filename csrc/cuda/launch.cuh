@@ -29,12 +29,31 @@ std::string launch(const char* name, void (*kernel)(Parameters...), unsigned blo
 
 using LaunchStream = cudaStream_t;
 
+// What the user can do about an error.
+inline std::string way_out(cudaError_t error) {
+  switch (error) {
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorUnsupportedPtxVersion:
+      return "; this build has no kernels for the device: build with CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES=native, or "
+             "use "
+             "backend='triton'";
+    case cudaErrorInsufficientDriver:
+      return "; update the driver, build with an older toolkit, or use backend='triton'";
+    case cudaErrorLaunchOutOfResources:
+    case cudaErrorInvalidConfiguration:
+      return "; the device grants less shared memory or fewer registers than the kernel takes: use backend='triton' or "
+             "'reference'";
+    default: return "; an earlier kernel may be at fault (CUDA_LAUNCH_BLOCKING=1 finds it), or use backend='reference'";
+  }
+}
+
 template <class... Parameters, class... Arguments>
 std::string launch(const char* name, void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
                    size_t shared_bytes, LaunchStream stream, Arguments... arguments) {
   kernel<<<blocks, threads, shared_bytes, stream>>>(arguments...);
   const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? std::string() : std::string(name) + ": " + cudaGetErrorString(error);
+  return error == cudaSuccess ? std::string() : std::string(name) + ": " + cudaGetErrorString(error) + way_out(error);
 }
 
 #endif

@@ -80,7 +80,7 @@ def distillation_loss(
             error.
         generator: of the random numbers, on the CPU; None: torch's own.
         process_group: only None, an unsharded vocabulary.
-        backend: "reference", "cpu" or "triton"; None takes the best available, and in ``torch.func`` transformations and
+        backend: "reference", "cpu", "triton" or "cuda"; None takes the best available, and in ``torch.func`` transformations and
             forward-mode differentiation the reference.
 
     Sparse teachers. Of a truncated teacher, ``kd.TopKLogits`` or ``kd.PackedLogits`` for tokens ``[...]``, the named ids

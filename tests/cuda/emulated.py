@@ -9,6 +9,7 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels.backends import cuda as backend
+from kdkernels.backends.cuda.launching import module
 from kdkernels.backends.rows import RowSpec
 from kdkernels.validation.comparison import Finding, Target, validate
 
@@ -65,3 +66,12 @@ def refusal(function: str, *arguments: Any, **options: Any) -> str:
     except (TypeError, ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def faulty_kernels() -> list[str]:
+    return module().faulty_kernels()
+
+
+def run_faulty(name: str) -> str:
+    """What the emulator says of a kernel that is wrong in one way."""
+    return module().run_faulty(name)

@@ -7,8 +7,11 @@ from typing import Any
 
 from gpu_report.compilation import TARGETS
 from gpu_report.objects import Resources, read_resources
+from kdkernels.triton_kernels.tiling import LaunchSizes
 
 VOCABULARY = 151_936
+OLDER = {"sm_75": ("cuda", 75, 32)}
+"""Not refused, and compiled for once."""
 ITEMSIZE = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 KERNELS = {
     "divergence_forward": "divergence",
@@ -78,7 +81,8 @@ class Compiled(Resources):
     wanted_vector_stores: int
 
 
-def compile_case(case: Case) -> Compiled:
+def compile_case(case: Case, sizes: LaunchSizes | None = None) -> Compiled:
+    """With the default launch sizes, or others."""
     import importlib
 
     import triton
@@ -89,8 +93,8 @@ def compile_case(case: Case) -> Compiled:
 
     module = importlib.import_module(f"kdkernels.triton_kernels.{KERNELS[case.kernel]}")
     kernel = getattr(module, f"{case.kernel}_kernel")
-    target = GPUTarget(*TARGETS[case.target])
-    tiling = choose_tiling(VOCABULARY, ITEMSIZE[case.dtype], case.aligned, target.warp_size)
+    target = GPUTarget(*(TARGETS | OLDER)[case.target])
+    tiling = choose_tiling(VOCABULARY, ITEMSIZE[case.dtype], case.aligned, target.warp_size, sizes=sizes)
     compute = "fp64" if case.dtype == "fp64" else "fp32"
     constants = {
         "KIND": case.kind,

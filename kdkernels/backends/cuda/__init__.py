@@ -22,5 +22,5 @@ __all__ = [
     "supports",
 ]
 
-FAMILIES = ("divergence", "linear_divergence", "relation", "token_set")
+FAMILIES = ("divergence", "linear_divergence", "compositions", "relation", "token_set")
 """The kernel families that this backend serves."""
