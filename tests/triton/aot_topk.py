@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import aot
+from gpu_report.objects import read_resources
 from kdkernels.triton_kernels.tiling import LaunchSizes, default_sizes
 
 KERNELS = ("topk", "block_sums", "draw")
@@ -70,8 +71,7 @@ def spilled_bytes(case: Case, sizes: LaunchSizes | None = None) -> int:
         target=target,
         options={"num_warps": sizes.threads // target.warp_size},
     )
-    read = aot._read_cuda if target.backend == "cuda" else aot._read_hip
-    return int(read(compiled.asm)["spilled_bytes"])
+    return read_resources(compiled).spilled_bytes
 
 
 def specialisations(kernel: str, calls: list[dict[str, Any]]) -> list[str]:
