@@ -234,8 +234,7 @@ LOSS = [
 
 # Those that the reference does not have.
 FUSED = [
-    refusal("memory_budget-zero", ValueError, "memory_budget", "positive", "0", memory_budget=0),
-    refusal("memory_budget-negative", ValueError, "memory_budget", "positive", "-5", memory_budget=-5),
+    refusal("memory_budget-negative", ValueError, "memory_budget", "0 or more", "-5", memory_budget=-5),
     refusal("memory_budget-float", TypeError, "memory_budget", "integer", "1.5", memory_budget=1.5),
     refusal("memory_budget-string", TypeError, "memory_budget", "integer", "'1GB'", memory_budget="1GB"),
     refusal("memory_budget-bool", TypeError, "memory_budget", "integer", "True", memory_budget=True),

@@ -58,6 +58,10 @@ is float64 if either side is, else float32.
 ``angle(student, teacher, corners) -> (losses [B], gradient [B, B], sums [B, B])``
     Not of rows but of points: see ``backends.angles``.
 
+``linear_divergence(student, teacher, spec, grad_divergence, grad_cross_entropy, needs) -> (values, cross_entropy, gradients x 2)``
+    Optional, for sides that ``linear_divergence_applies(student, teacher, spec)`` to, at least one of them a head: what
+    ``chunked_head.divergence_with_gradients`` returns, without logits in memory. ``grad_divergence=None``: values alone.
+
 ``relation(relations, tensors, scales, gradients, divergence, cross_entropy)``
     Optional, for ``relations`` that ``relation_applies`` to: see ``backends.cpu.relation``.
 
