@@ -28,6 +28,10 @@ read once per ROWS rows, mostly from the cache, as the programs of one split run
 beside results there are N * 10 * splits floats, N * strip * itemsize bytes for each head with a gradient and the float32 sums
 of dH. Not timed on a GPU: these are counts.
 
+Sizes are in ``tiling.choose_linear_tiling``. A tile of 64 x 128 logits is what fits the registers without spills beside
+what the formulas need; a step of its product loads 192 entries for 2 * 64 * 128 operations, 43 per byte of bfloat16, which
+the caches have to deliver: probably the limit of these kernels.
+
 Under a tolerance the gradient kernel also notes each row's sum of squares and sum within each tile; the product kernels walk
 lists of the tiles that are kept and get what stands in for the others as vectors, see ``kdkernels/backends/gradient_tiles.py``.
 

@@ -123,6 +123,6 @@ def choose_linear_tiling(rows: int, itemsize: int, both: bool = False, warp_size
     both: whether both sides get a gradient, of which a thread then holds twice as much.
     """
     few = max(FEWEST_ROWS, _power_of_two(rows))
-    columns = 64 if both or itemsize == 4 else 128
-    hidden, product = (64, 128) if itemsize == 2 else (32, 64)
-    return LinearTiling(min(64, few), columns, hidden, product, num_warps=8, num_stages=3)
+    if itemsize == 4:  # without tensor cores, unless TF32 is allowed
+        return LinearTiling(min(64, few), 32, 32, 64, num_warps=8, num_stages=3)
+    return LinearTiling(min(64, few), 64 if both else 128, 64, 128, num_warps=8, num_stages=3)

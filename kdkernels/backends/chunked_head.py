@@ -84,7 +84,8 @@ EFFICIENT_ROWS = 512
 A chunk of n rows reads both weights and, for dH, the student's again, and its dW is rounded, read and added to float32 sums:
 some 18 bytes per weight entry, for 8 n operations. A GPU does about 300 operations of bfloat16 in the time it moves a byte
 (A100: 156, H100: 295, B200: 281, MI300X: 247), so that the traffic takes 18 * 300 / 8 n = 675 / n of the time of the four products.
-Without logits there are six products, in kernels that may reach less than the library's, say 0.7: about as much at n = 500.
+Without logits there are six products, in kernels that may reach 0.7 of the library's speed: about as much at n = 600. An
+estimate, to be replaced by a timing.
 """
 
 

@@ -210,6 +210,57 @@ def test_tolerance_holds_for_every_row(interpreter: Worker, tolerance: float) ->
 
 
 @pytest.mark.slow
+def test_an_order_of_the_vocabulary_changes_which_tiles_are_left_out_and_no_more(interpreter: Worker) -> None:
+    """A shuffled vocabulary, put in order again, gives what the vocabulary in order gives, shuffled; labels, masks, both sides."""
+    vocab = 70
+    shuffle = torch.randperm(vocab, generator=torch.Generator().manual_seed(3))
+    student, teacher = recovery(vocab=vocab)
+    second = head(20, 8, vocab, seed=11, bias=True)
+    second = second._replace(
+        tensors=(second.tensors[0], 0.2 * second.tensors[1], teacher.tensors[0].mean(0)), wanted=(True, True, True)
+    )
+    labels = torch.arange(20) * 7 % vocab
+    mask = torch.arange(20) != 4
+    options: dict[str, Any] = {"mask": mask, "ce_weight": 0.3, "gradient_tolerance": 0.1, "reduction": "sum"}
+
+    def shuffled(side: Side) -> Side:
+        hidden, *others = side.tensors
+        return side._replace(tensors=(hidden, *(tensor[shuffle] for tensor in others)))
+
+    order = shuffle.argsort()
+    one = interpreter(interpreted_heads.answers, student, second, kd.JSD(), {**options, "labels": labels})
+    two = interpreter(
+        interpreted_heads.answers,
+        shuffled(student),
+        shuffled(second),
+        kd.JSD(),
+        {**options, "labels": order[labels], "vocabulary_order": order},
+    )
+    assert 0.1 < float(one.density.mean()) < 0.95
+    torch.testing.assert_close(two.density, one.density)
+    torch.testing.assert_close(two.value, one.value)
+    for name, gradient in one.gradients.items():
+        expected = gradient if name.endswith("hidden") else gradient[shuffle]
+        torch.testing.assert_close(two.gradients[name], expected, rtol=1e-4, atol=1e-6)
+    alone = interpreter(
+        interpreted_heads.answers, shuffled(student), shuffled(second), kd.JSD(), {**options, "labels": order[labels]}
+    )
+    assert float(alone.density.mean()) > float(two.density.mean()) + 0.05
+
+
+def test_the_order_of_a_teacher() -> None:
+    logits = noise(6, 9)
+    logits[:, 4] += 5
+    order = kd.vocabulary_order(logits)
+    assert order.dtype == torch.int32
+    assert torch.equal(order.long(), logits.softmax(-1).mean(0).argsort(descending=True))
+    linear = LMHead(torch.eye(9), noise(9, 9, seed=1), softcap=2.0)
+    expected = torch.tanh(noise(9, 9, seed=1).t() / 2).mul(2).softmax(-1).mean(0).argsort(descending=True)
+    assert torch.equal(kd.vocabulary_order(linear, memory_budget=0).long(), expected)
+    assert kd.vocabulary_order(logits, vocab_size=5).tolist()[0] == 4
+
+
+@pytest.mark.slow
 def test_exact_without_a_tolerance_and_with_stochastic_rounding(interpreter: Worker) -> None:
     student, teacher = recovery()
     found = [

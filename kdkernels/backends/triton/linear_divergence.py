@@ -113,6 +113,7 @@ class Problem:
         self.statistics = self.values.new_empty(self.rows, SAVED_STATISTICS)
         self.launch = {"num_warps": self.tiling.num_warps, "num_stages": self.tiling.num_stages}
         self.sizes = {"ROWS": self.tiling.rows, "COLUMNS": self.tiling.columns}
+        self.order: Tensor | None = None
         self.precision = dot_precision()
         self.fast_log = precision(False)["fast_log"]
 
@@ -155,6 +156,7 @@ class Problem:
         """All the gradients that are wanted."""
         # Stochastic rounding asks for a gradient that is exact on average: this one is always.
         tolerance = self.spec.gradient_tolerance if self.spec.gradient_seed is None else 0.0
+        self.order = self.spec.vocabulary_order if tolerance else None
         operands = self.student, self.teacher
         for operand in operands:
             operand.prepare_gradient(self.vocab, self.tiling, tolerance)
@@ -190,7 +192,7 @@ class Problem:
             self.statistics,
             grad_divergence.contiguous(),
             None if hard is None else hard.contiguous(),
-            None,
+            self.order,
             None if hard is None else spec.labels,
             spec.active,
             spec.parameters,
@@ -212,7 +214,6 @@ class Problem:
         pieces = -(-operand.hidden_size // self.tiling.product)
         options = {"PRECISION": self.precision, "PRODUCT": self.tiling.product, **self.sizes, **self.launch}
         if total is not None:
-            weights = weight[first : first + self.tiling.strip]
             lists = (None, None) if chosen is None else chosen.of_blocks()
             self.kernels.linear_divergence_hidden_kernel[(self.blocks, pieces)](
                 strip,
@@ -226,10 +227,10 @@ class Problem:
                 self.vocab,
                 first,
                 tiles,
-                None,
+                self.order,
                 *lists,
                 None if chosen is None else chosen.means,
-                None if chosen is None else chosen.to_hidden(weights, self.tiling.columns),
+                None if chosen is None else chosen.to_hidden(self.weight_of_strip(weight, first), self.tiling.columns),
                 FIRST=first == 0,
                 **options,
             )
@@ -253,12 +254,17 @@ class Problem:
                 self.vocab,
                 first,
                 self.blocks,
-                None,
+                self.order,
                 self.spec.active,
                 *lists,
                 skipped,
                 **options,
             )
+
+    def weight_of_strip(self, weight: Tensor, first: int) -> Tensor:
+        """Its rows that belong to a strip."""
+        strip = slice(first, first + self.tiling.strip)
+        return weight[strip] if self.order is None else weight.index_select(0, self.order[strip])
 
     def counting_hidden(self, operand: Operand) -> Tensor:
         """The hidden states; blank where a token does not count, for 0 * NaN is no 0."""
