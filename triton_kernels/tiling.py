@@ -124,5 +124,5 @@ def choose_linear_tiling(rows: int, itemsize: int, both: bool = False, warp_size
     """
     few = max(FEWEST_ROWS, _power_of_two(rows))
     if itemsize == 4:  # without tensor cores, unless TF32 is allowed
-        return LinearTiling(min(64, few), 32, 32, 64, num_warps=8, num_stages=3)
+        return LinearTiling(min(32, few), 64, 32, 64, num_warps=8, num_stages=3)
     return LinearTiling(min(64, few), 64 if both else 128, 64, 128, num_warps=8, num_stages=3)

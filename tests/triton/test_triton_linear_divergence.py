@@ -17,6 +17,7 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels.backends import chunked_head, rows
+from kdkernels.backends.gradient_tiles import TileChooser, TileNotes
 from kdkernels.divergences import Divergence, Kind
 from kdkernels.sources import LMHead
 
@@ -246,6 +247,40 @@ def test_an_order_of_the_vocabulary_changes_which_tiles_are_left_out_and_no_more
         interpreted_heads.answers, shuffled(student), shuffled(second), kd.JSD(), {**options, "labels": order[labels]}
     )
     assert float(alone.density.mean()) > float(two.density.mean()) + 0.05
+
+
+@pytest.mark.parametrize("tolerance", [0.003, 0.1])
+def test_the_promise_is_kept_and_used(tolerance: float) -> None:
+    """Rows whose norm lies in their first strip, with tails of their own that sum to 0: no mean brings their error down."""
+    rows_, width, strip, strips = 10, 8, 64, 30
+    tail = 3 * tolerance * (strip * strips) ** -0.5 * torch.linspace(0.7, 1, rows_).unsqueeze(-1)
+    gradient = tail * torch.tensor([1.0, -1.0]).repeat(strip * strips // 2)
+    gradient[:, :width] += torch.tensor([1.0, -1.0]).repeat(width // 2) / width**0.5
+    chooser = TileChooser(rows_, strip * strips, 4, width, tolerance)
+    padded = torch.nn.functional.pad(gradient, (0, 0, 0, 2))
+    used = torch.empty_like(padded)
+    with kd.GradientReport() as report:
+        for first in range(0, strip * strips, strip):
+            part = padded[:, first : first + strip].unflatten(1, (-1, width))
+            notes = TileNotes(part.square().sum(-1).t(), part.sum(-1).t(), torch.zeros(strip // width, 3).int())
+            tiles = chooser.choose(notes)
+            kept = tiles.kept.t().repeat_interleave(4, 0).unsqueeze(-1)
+            used[:, first : first + strip] = torch.where(kept, part, tiles.means.view(-1, 1, 1)).flatten(1)
+        chooser.report()
+    error = ((used - padded).norm(dim=-1) / padded.norm(dim=-1))[:rows_]
+    assert 0.9 * tolerance < float(error.max()) <= tolerance
+    torch.testing.assert_close(report.relative_error, error.double(), rtol=1e-4, atol=1e-7)
+    assert 0 < float(report.density.mean()) < 1
+
+
+def test_rows_without_a_norm_are_kept_whole() -> None:
+    squares = torch.ones(4, 8)
+    squares[2, 5] = torch.nan
+    masked = torch.zeros(4, 2, dtype=torch.int32)
+    masked[1, 0] = 1
+    tiles = TileChooser(8, 16, 4, 4, 0.9).choose(TileNotes(squares, torch.ones(4, 8), masked))
+    assert tiles.kept.sum(0).tolist() == [1, 4]
+    assert not bool(tiles.means.any())
 
 
 def test_the_order_of_a_teacher() -> None:
