@@ -59,7 +59,7 @@ def compiled(case: Case) -> dict[str, Any]:
 
     kernel = getattr(linear_divergence, f"linear_divergence_{case.kernel}_kernel")
     target = GPUTarget(*aot.TARGETS[case.target])
-    tiling = case.tiling or choose_linear_tiling(ROWS, aot.ITEMSIZE[case.dtype], case.both, target.warp_size)
+    tiling = case.tiling or choose_linear_tiling(ROWS, aot.ITEMSIZE[case.dtype], case.both, case.tf32)
     splits = -(-VOCABULARY // tiling.split)
     constants = {
         "KIND": case.kind,
@@ -133,5 +133,5 @@ def with_tiling(case: Case, **sizes: int) -> Case:
     """The same with another tiling, to try it."""
     from kdkernels.triton_kernels.tiling import choose_linear_tiling
 
-    tiling = choose_linear_tiling(ROWS, aot.ITEMSIZE[case.dtype], case.both, aot.TARGETS[case.target][2])
+    tiling = choose_linear_tiling(ROWS, aot.ITEMSIZE[case.dtype], case.both, case.tf32)
     return replace(case, tiling=replace(tiling, **sizes))

@@ -11,7 +11,7 @@ from kdkernels.backends.chunked_head import Needs, SideGradients
 from kdkernels.backends.gradient_tiles import TileChooser, TileNotes, Tiles
 from kdkernels.backends.rows import RowSpec, Side
 from kdkernels.backends.triton.divergence import SAVED_STATISTICS
-from kdkernels.backends.triton.launching import dot_precision, load_kernels, on_device_of, precision, warp_size
+from kdkernels.backends.triton.launching import dot_precision, load_kernels, on_device_of, precision
 
 __all__ = ["linear_divergence", "linear_divergence_applies"]
 
@@ -104,8 +104,11 @@ class Problem:
         )
         self.rows = student.tensor.shape[0]
         self.vocab = (student.tensor.shape[1:] if student.weight is None else student.weight.shape)[0]
+        self.precision = dot_precision()
         itemsize = max(student.tensor.element_size(), teacher.tensor.element_size())
-        self.tiling = kernels.tiling.choose_linear_tiling(self.rows, itemsize, all(map(any, needs)), warp_size())
+        self.tiling = kernels.tiling.choose_linear_tiling(
+            self.rows, itemsize, all(map(any, needs)), self.precision == "tf32"
+        )
         self.blocks = -(-self.rows // self.tiling.rows)
         self.splits = -(-self.vocab // self.tiling.split)
         self.values = torch.empty(self.rows, dtype=torch.float32, device=student.tensor.device)
@@ -114,7 +117,6 @@ class Problem:
         self.launch = {"num_warps": self.tiling.num_warps, "num_stages": self.tiling.num_stages}
         self.sizes = {"ROWS": self.tiling.rows, "COLUMNS": self.tiling.columns}
         self.order: Tensor | None = None
-        self.precision = dot_precision()
         self.fast_log = precision(False)["fast_log"]
 
     def sweep(self) -> None:
