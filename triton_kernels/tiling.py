@@ -166,3 +166,37 @@ def choose_cost_tiling(
 
 def _power_of_two(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
+
+
+@dataclass(frozen=True, slots=True)
+class LinearTiling:
+    """How the logits of LM heads are made and multiplied on the chip, see ``linear_divergence``.
+
+    rows, columns: of a tile of logits. hidden: entries of the hidden size per step of the logits' product; product: those of
+    dH or dW that a program owns. split: columns of a program in the forward; strip: columns whose gradient exists at a time;
+    both are multiples of ``columns``.
+    """
+
+    rows: int
+    columns: int
+    hidden: int
+    product: int
+    num_warps: int
+    num_stages: int
+    split: int = 4096
+    strip: int = 2048
+
+
+FEWEST_ROWS = 16
+"""Of a tile: tensor cores take no fewer."""
+
+
+def choose_linear_tiling(rows: int, itemsize: int, both: bool = False, tf32: bool = False) -> LinearTiling:
+    """The tiling for so many rows of hidden states, whose wider elements have ``itemsize`` bytes, 2 or 4.
+
+    both: whether both sides get a gradient, of which a thread then holds twice as much. tf32: whether float32 may be multiplied so.
+    """
+    few = max(FEWEST_ROWS, _power_of_two(rows))
+    if itemsize == 4:  # without tensor cores, unless TF32 is allowed
+        return LinearTiling(min(32, few), 64, 32, 64, num_warps=8 if tf32 else 4, num_stages=3)
+    return LinearTiling(min(64, few), 64 if both else 128, 64, 128, num_warps=8, num_stages=3)

@@ -21,6 +21,7 @@ __all__ = [
     "composed_of",
     "composition_arguments",
     "device_of",
+    "dot_precision",
     "load_kernels",
     "on_device_of",
     "precision",
@@ -51,6 +52,7 @@ class Kernels(NamedTuple):
     bernoulli: ModuleType
     divergence: ModuleType
     head_mass: ModuleType
+    linear_divergence: ModuleType
     pairwise_l1: ModuleType
     ranking: ModuleType
     records: ModuleType
@@ -72,6 +74,7 @@ def load_kernels() -> Kernels:
         bernoulli,
         divergence,
         head_mass,
+        linear_divergence,
         online_softmax,
         pairwise_l1,
         ranking,
@@ -93,6 +96,7 @@ def load_kernels() -> Kernels:
         bernoulli,
         divergence,
         head_mass,
+        linear_divergence,
         pairwise_l1,
         ranking,
         records,
@@ -126,6 +130,11 @@ def precision(double: bool) -> dict[str, Any]:
         "compute": kernels.language.float64 if double else kernels.language.float32,
         "fast_log": not (double or kernels.interpreted or is_hip()),
     }
+
+
+def dot_precision() -> str:
+    """How tensor cores multiply float32, as PyTorch is told to: exactly, or rounded to TF32 where that was allowed."""
+    return "ieee" if is_hip() or torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def status() -> tuple[bool, str]:
