@@ -13,7 +13,7 @@ ARGS ?=
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build emulator demo demo-offline test test-fast test-sanitize bench benchmarks docs lint format clean
+.PHONY: help venv build emulator demo demo-offline test test-fast test-sanitize bench benchmarks gpu-report docs lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -65,6 +65,10 @@ bench: build  ## time ours against plain PyTorch
 
 benchmarks: build  ## measure what the README reports; tables and pictures in out/benchmarks
 	$(BIN)/pytest benchmarks $(ARGS)
+
+# What other libraries' kernels move is counted too where they can be imported: ARGS="--peers-from FOLDER".
+gpu-report: build  ## write docs/gpu.md: what is known of the GPU kernels without a GPU (ARGS=--quick for a minute)
+	PYTHONPATH=benchmarks $(BIN)/python -m gpu_report $(ARGS)
 
 docs: build  ## write the page of the catalogue of losses anew
 	$(BIN)/kdkernels losses --markdown > docs/losses.md

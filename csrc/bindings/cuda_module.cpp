@@ -64,7 +64,7 @@ void on_gpu(Device device, Problem& problem) {
     make_current(device.first);
     error = kernels(problem, reinterpret_cast<void*>(device.second));
   }
-  if (!error.empty()) throw std::runtime_error(error);
+  if (!error.empty()) throw std::runtime_error("cuda:" + std::to_string(device.first) + ", " + error);
 }
 
 }  // namespace

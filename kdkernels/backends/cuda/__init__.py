@@ -29,4 +29,5 @@ __all__ = [
 ]
 
 FAMILIES = ("divergence", "linear_divergence", "records", "relation", "token_set", "topk")
+FAMILIES = ("divergence", "linear_divergence", "compositions", "relation", "token_set")
 """The kernel families that this backend serves."""
