@@ -28,6 +28,5 @@ __all__ = [
     "unpack_records",
 ]
 
-FAMILIES = ("divergence", "linear_divergence", "records", "relation", "token_set", "topk")
-FAMILIES = ("divergence", "linear_divergence", "compositions", "relation", "token_set")
+FAMILIES = ("divergence", "linear_divergence", "compositions", "records", "relation", "token_set", "topk")
 """The kernel families that this backend serves."""
