@@ -40,8 +40,13 @@ constexpr Kind any_kind = static_cast<Kind>(any);
 constexpr int most_threads = 256;
 
 // Of the plain kernels, so many blocks run side by side on a multiprocessor: it leaves each thread the registers it needs.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int plain_blocks = 2;  // its compiler keeps more in them
+#else
+constexpr int plain_blocks = 3;
+#endif
 template <int number>
-constexpr int least_blocks = number == any ? 1 : 3;
+constexpr int least_blocks = number == any ? 1 : plain_blocks;
 
 // Those that are sums of terms.
 #define KD_FOR_ADDITIVE_KINDS(KD_CASE) \
