@@ -14,4 +14,12 @@ constexpr int saved_statistics = 9;
 std::string divergence_forward(const RowProblem& problem, void* stream);
 std::string divergence_backward(const RowProblem& problem, void* stream);
 
+std::string topk(const TopKProblem& problem, void* stream);
+std::string sample(const SampleProblem& problem, void* stream);
+
+// To pack, the entries of a row come by ascending id, those that are none behind them, and `data` holds zeros up to a whole
+// number of words of 32 bits.
+std::string pack_records(const RecordProblem& problem, void* stream);
+std::string unpack_records(const RecordProblem& problem, void* stream);
+
 }  // namespace kd::cuda

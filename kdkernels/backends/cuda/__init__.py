@@ -11,6 +11,8 @@ from kdkernels.backends.cuda.divergence import (
     divergence_fused,
 )
 from kdkernels.backends.cuda.launching import status, supports
+from kdkernels.backends.cuda.records import pack_records, unpack_records
+from kdkernels.backends.cuda.topk import sample, topk
 
 __all__ = [
     "FAMILIES",
@@ -18,9 +20,14 @@ __all__ = [
     "divergence_backward",
     "divergence_forward",
     "divergence_fused",
+    "pack_records",
+    "sample",
     "status",
     "supports",
+    "topk",
+    "unpack_records",
 ]
 
+FAMILIES = ("divergence", "linear_divergence", "records", "relation", "token_set", "topk")
 FAMILIES = ("divergence", "linear_divergence", "compositions", "relation", "token_set")
 """The kernel families that this backend serves."""
