@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "bindings/divergence.h"
+#include "bindings/sparse_divergence.h"
 #include "cuda/kernels.h"
 
 #if !defined(KD_EMULATED)
@@ -70,6 +71,9 @@ PYBIND11_MODULE(KD_MODULE_NAME, module) {
   module.def("device_error", &device_error, "Why the runtime finds no device, or an empty text.");
   module.def("versions", &versions, "Of the driver and of the runtime that is linked in, as 1000 major + 10 minor.");
   module.attr("SAVED_STATISTICS") = cuda::saved_statistics;
+  module.attr("SPARSE_STATISTICS") = cuda::sparse_statistics;
   module.def("divergence_forward", &divergence<Device, &on_gpu<&cuda::divergence_forward, RowProblem>>);
   module.def("divergence_backward", &divergence<Device, &on_gpu<&cuda::divergence_backward, RowProblem>>);
+  module.def("sparse_divergence", &sparse_divergence<Device, &on_gpu<&cuda::sparse_divergence, SparseProblem>>);
+  module.def("token_statistics", &token_statistics<Device, &on_gpu<&cuda::token_statistics, RowProblem>>);
 }

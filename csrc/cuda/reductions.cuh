@@ -24,12 +24,19 @@ __device__ __forceinline__ Online<Real> merged(Online<Real> a, Online<Real> b, R
   return {max, a.sum * KD_ISA::math::exp2((a.max - max) * scale) + b.sum * KD_ISA::math::exp2((b.max - max) * scale)};
 }
 
+// The combination of a value of every lane of a warp, known to all of them.
+template <class Value, class Combine>
+__device__ __forceinline__ Value over_warp(Value value, Combine combine) {
+  for (int distance = warp_lanes / 2; distance; distance /= 2)
+    value = combine(value, combine.shuffled(value, distance));
+  return value;
+}
+
 // The combination of a value of every thread, known to all of them. `scratch` holds one value per warp, and is free again
 // after the next block barrier. The number of threads is a multiple of 32.
 template <class Value, class Combine>
 __device__ __forceinline__ Value over_block(Value value, SharedView<Value> scratch, Combine combine) {
-  for (int distance = warp_lanes / 2; distance; distance /= 2)
-    value = combine(value, combine.shuffled(value, distance));
+  value = over_warp(value, combine);
   const int warps = static_cast<int>(blockDim.x) / warp_lanes;
   if (warps == 1) return value;
   const int thread = static_cast<int>(threadIdx.x);

@@ -11,6 +11,8 @@ from kdkernels.backends.cuda.divergence import (
     divergence_fused,
 )
 from kdkernels.backends.cuda.launching import status, supports
+from kdkernels.backends.cuda.sparse_divergence import sparse_divergence_fused
+from kdkernels.backends.cuda.token_statistics import token_statistics
 
 __all__ = [
     "FAMILIES",
@@ -18,9 +20,11 @@ __all__ = [
     "divergence_backward",
     "divergence_forward",
     "divergence_fused",
+    "sparse_divergence_fused",
     "status",
     "supports",
+    "token_statistics",
 ]
 
-FAMILIES = ("divergence", "linear_divergence", "relation", "token_set")
+FAMILIES = ("divergence", "linear_divergence", "relation", "sparse_divergence", "token_set", "token_statistics")
 """The kernel families that this backend serves."""
