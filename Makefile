@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
-CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp')
+CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo demo-offline test test-fast test-sanitize bench benchmarks docs lint format clean
+.PHONY: help venv build emulator demo demo-offline test test-fast test-sanitize bench benchmarks gpu-report docs lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -44,6 +44,14 @@ venv: $(VENV)/.project  ## create the environment and install the project into i
 build: venv  ## compile what changed of the native extension
 	$(BIN)/python setup.py -q build_ext --inplace
 
+# The CUDA kernels as the tests run them: for the host, under a block emulator and the sanitizers.
+EMULATED := build/emulated
+emulator: venv
+	@test -f $(EMULATED)/build.ninja || $(BIN)/cmake -S . -B $(EMULATED) -G Ninja \
+		-DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DKD_CPU=OFF -DKD_EMULATED_CUDA=ON
+	$(BIN)/cmake --build $(EMULATED)
+
 # --- what users run ----------------------------------------------------------------------------------------------------
 
 demo: build $(VENV)/.teacher  ## distil from a real teacher; results in out/
@@ -58,6 +66,10 @@ bench: build  ## time ours against plain PyTorch
 benchmarks: build  ## measure what the README reports; tables and pictures in out/benchmarks
 	$(BIN)/pytest benchmarks $(ARGS)
 
+# What other libraries' kernels move is counted too where they can be imported: ARGS="--peers-from FOLDER".
+gpu-report: build  ## write docs/gpu.md: what is known of the GPU kernels without a GPU (ARGS=--quick for a minute)
+	PYTHONPATH=benchmarks $(BIN)/python -m gpu_report $(ARGS)
+
 docs: build  ## write the page of the catalogue of losses anew
 	$(BIN)/kdkernels losses --markdown > docs/losses.md
 
@@ -66,10 +78,10 @@ docs: build  ## write the page of the catalogue of losses anew
 # Side by side in as many processes as there are cores, up to four.
 PYTEST = OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
-test: build $(VENV)/.teacher  ## run every test
+test: build emulator $(VENV)/.teacher  ## run every test
 	$(PYTEST) $(ARGS)
 
-test-fast: build  ## run the tests that take less than a minute together
+test-fast: build emulator  ## run the tests that take less than a minute together
 	$(PYTEST) -m "not slow" $(ARGS)
 
 # A second copy of the package, its extension built with the sanitizers, which the tests import instead of the checkout.
@@ -77,11 +89,11 @@ test-fast: build  ## run the tests that take less than a minute together
 SANITIZED := build/sanitized
 test-sanitize: venv  ## run the quick tests on an extension built with ASan and UBSan
 	rm -rf $(SANITIZED) build/lib.*
-	CMAKE_ARGS=-DKD_SANITIZE=ON KDKERNELS_CPU=1 $(PIP) install --quiet --no-build-isolation --no-deps \
+	CMAKE_ARGS=-DKD_SANITIZE=ON KDKERNELS_CPU=1 KDKERNELS_CUDA=0 $(PIP) install --quiet --no-build-isolation --no-deps \
 		--target $(SANITIZED) .
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 KDKERNELS_TEST_SERIAL_SUMS=1 PYTHONPATH=$(CURDIR)/$(SANITIZED) \
-		$(BIN)/pytest $(or $(ARGS),-m "not slow" --ignore=tests/triton)
+		$(BIN)/pytest $(or $(ARGS),-m "not slow" --ignore=tests/triton --ignore=tests/cuda)
 
 lint: venv  ## check formatting, lint and types
 	$(BIN)/ruff check
@@ -95,7 +107,7 @@ format: venv  ## format everything
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:  ## remove what was built and measured, keep the environment
-	rm -rf build dist out *.egg-info kdkernels/_native.*.so kdkernels/native_not_built.txt
+	rm -rf build dist out *.egg-info kdkernels/_*.so kdkernels/*_not_built.txt
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f $(VENV)/.project
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

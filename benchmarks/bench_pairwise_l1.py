@@ -17,6 +17,7 @@ import kdkernels as kd
 from kdkernels.backends.chunked_pairs import chunks
 from kdkernels.backends.rows import Side
 from kdkernels.benchmarking.memory import ALLOCATOR_SETTINGS, resident_bytes
+from kdkernels.benchmarking.plain import pair_distances
 
 ROWS, VOCAB, HIDDEN = 64, 151_936, 1024
 OURS, PLAIN, GEMMS = "kdkernels", "softmax + torch.cdist", "its GEMMs, same chunks"
@@ -33,15 +34,11 @@ def logits() -> tuple[Tensor, Tensor]:
     return student.requires_grad_(), teacher
 
 
-def plain_distances(student: Tensor, teacher: Tensor) -> Tensor:
-    return torch.cdist(torch.softmax(student, -1), torch.softmax(teacher, -1), p=1)
-
-
 def step(distances: Callable[..., Tensor], sources: Sequence[object], wanted: Sequence[Tensor]) -> Sequence[Tensor]:
     return torch.autograd.grad(distances(*sources).sum(), wanted)
 
 
-CONTENDERS: dict[str, Callable[..., Tensor]] = {OURS: kd.pairwise_l1, PLAIN: plain_distances}
+CONTENDERS: dict[str, Callable[..., Tensor]] = {OURS: kd.pairwise_l1, PLAIN: pair_distances}
 
 
 def peak_extra_bytes(name: str) -> int:
@@ -131,7 +128,7 @@ def test_heads(side_by_side: SideBySide) -> None:
         return step(kd.pairwise_l1, sources, wanted)
 
     def plain() -> object:
-        return step(plain_distances, (hidden @ weight.t(), teacher_hidden @ teacher_weight.t()), wanted)
+        return step(pair_distances, (hidden @ weight.t(), teacher_hidden @ teacher_weight.t()), wanted)
 
     calls: dict[str, Callable[[], object]] = {OURS: ours, GEMMS: gemms, PLAIN: plain}
     title = (

@@ -12,6 +12,7 @@ from torch import Tensor
 import kdkernels as kd
 from kdkernels.backends.chunked_head import chunks
 from kdkernels.backends.rows import Side
+from kdkernels.benchmarking.plain import mean_divergence_from_stored
 
 VOCAB, K, HIDDEN = 151_936, 64, 576
 
@@ -45,14 +46,6 @@ def test_head(side_by_side: SideBySide) -> None:
     )
 
 
-def eager_bucket(student: Tensor, teacher: kd.TopKLogits) -> Tensor:
-    """What a user writes: the student's tail as a difference from 1."""
-    log_q = student.log_softmax(-1).gather(-1, teacher.ids)
-    p = teacher.log_probs.exp()
-    r, q_r = 1 - p.sum(-1), (1 - log_q.exp().sum(-1)).clamp(min=1e-9)
-    return ((p * (teacher.log_probs - log_q)).sum(-1) + r * (r / q_r).log()).mean()
-
-
 def eager_dense(student: Tensor, teacher: kd.TopKLogits) -> Tensor:
     """The other way: a dense teacher, filled in."""
     dense = torch.full_like(student, -torch.inf).scatter_(-1, teacher.ids, teacher.log_probs).softmax(-1)
@@ -72,11 +65,12 @@ def test_logits(side_by_side: SideBySide) -> None:
         f"kdkernels {tail}": call(lambda given=given: kd.distillation_loss(student, given))
         for tail, given in teachers.items()
     }
+    eager_bucket = mean_divergence_from_stored(kd.ForwardKL())
     packed = kd.pack(teachers["bucket"])
     calls["kdkernels bucket, packed"] = call(lambda: kd.distillation_loss(student, packed))
     calls["kdkernels bucket, JSD"] = call(lambda: kd.distillation_loss(student, teachers["bucket"], kd.JSD()))
     calls["kdkernels, dense teacher"] = call(lambda: kd.distillation_loss(student, dense))
-    calls["eager, gathered"] = call(lambda: eager_bucket(student, teachers["bucket"]))
+    calls["eager, gathered"] = call(lambda: eager_bucket(student, teachers["bucket"].log_probs, teachers["bucket"].ids))
     calls["eager, filled in"] = call(lambda: eager_dense(student, teachers["renormalize"]))
     side_by_side.measure(
         f"logits, truncated teacher: {tokens} tokens × {VOCAB:,}, k = {K}, float32, cpu", calls, rounds=9

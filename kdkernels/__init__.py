@@ -43,6 +43,7 @@ from kdkernels.functional import (
     token_statistics,
     topk_logits,
     unpack,
+    vocabulary_order,
 )
 from kdkernels.sources import LMHead, LogitMixture, Logits, PackedLogits, SampledLogits, TopKLogits
 from kdkernels.statistics import TokenStatistics
@@ -108,5 +109,6 @@ __all__ = [
     "token_statistics",
     "topk_logits",
     "unpack",
+    "vocabulary_order",
     "weighting",
 ]

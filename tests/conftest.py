@@ -7,6 +7,9 @@ import os
 # Before torch starts its thread pool: threads that wait for work should sleep, not spin against the tests beside them.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# Whatever `kdkernels tune` has stored on this machine, the tests launch kernels with the sizes everyone gets.
+os.environ.setdefault("KDKERNELS_TUNING", "0")
+
 import hypothesis
 
 # The same examples in every run, and no deadline: a shared machine may stall any of them.

@@ -234,8 +234,7 @@ LOSS = [
 
 # Those that the reference does not have.
 FUSED = [
-    refusal("memory_budget-zero", ValueError, "memory_budget", "positive", "0", memory_budget=0),
-    refusal("memory_budget-negative", ValueError, "memory_budget", "positive", "-5", memory_budget=-5),
+    refusal("memory_budget-negative", ValueError, "memory_budget", "0 or more", "-5", memory_budget=-5),
     refusal("memory_budget-float", TypeError, "memory_budget", "integer", "1.5", memory_budget=1.5),
     refusal("memory_budget-string", TypeError, "memory_budget", "integer", "'1GB'", memory_budget="1GB"),
     refusal("memory_budget-bool", TypeError, "memory_budget", "integer", "True", memory_budget=True),
@@ -245,6 +244,16 @@ FUSED = [
 ]
 
 FUSED_LOSS = [
+    refusal("vocabulary_order-list", TypeError, "vocabulary_order", "integer tensor", "list", vocabulary_order=[0, 1]),
+    refusal("vocabulary_order-shape", TypeError, "vocabulary_order", "shape", "(3,)", vocabulary_order=torch.arange(3)),
+    refusal(
+        "vocabulary_order-twice",
+        ValueError,
+        "vocabulary_order",
+        "each id",
+        "once",
+        vocabulary_order=torch.zeros(VOCAB, dtype=torch.int64),
+    ),
     refusal("gradient_tolerance", ValueError, "gradient_tolerance", "less than 1", "-0.001", gradient_tolerance=-1e-3),
     refusal("gradient_tolerance-string", TypeError, "gradient_tolerance", "number", gradient_tolerance="0.1"),
     refusal("gradient_tolerance-nan", ValueError, "gradient_tolerance", "finite", gradient_tolerance=NAN),
@@ -431,6 +440,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
         "mask": one_token(False, others=True, dtype=torch.bool),
         "ce_weight": 0.5,
     },
+    "vocabulary-order": {"vocabulary_order": torch.arange(VOCAB).flip(0), "gradient_tolerance": 0.5},
     "integer-tensor-normalizer": {"normalizer": torch.tensor(4)},
     "no-tokens": {"student": torch.zeros(0, VOCAB), "teacher": torch.zeros(0, VOCAB)},
     "one-token": {"student": torch.zeros(VOCAB), "teacher": torch.zeros(VOCAB)},
@@ -446,7 +456,7 @@ def test_loss_accepts(arguments: dict[str, Any]) -> None:
     }
     arguments = arguments | sources
     ours = kd.distillation_loss(**arguments)
-    del_names = {"memory_budget"}
+    del_names = {"memory_budget", "vocabulary_order", "gradient_tolerance"}
     reference = kd.reference.distillation_loss(**{k: v for k, v in arguments.items() if k not in del_names})
     torch.testing.assert_close(ours, reference)
 

@@ -73,7 +73,7 @@ def ordinary() -> dict[str, Any]:
 
 def test_backends_says_what_is_available() -> None:
     found = kd.backends()
-    assert list(found) == ["reference", "cpu", "triton"]
+    assert list(found) == ["reference", "cpu", "triton", "cuda"]
     for name, status in found.items():
         assert isinstance(status, kd.BackendStatus)
         assert status.name == name

@@ -15,13 +15,14 @@ from typer.testing import CliRunner, Result
 
 import kdkernels as kd
 from kdkernels import environment
-from kdkernels.backends import BackendStatus, cpu, triton
+from kdkernels.backends import NAMES, BackendStatus, cpu, serves, triton
 from kdkernels.benchmarking import contenders, plain
 from kdkernels.benchmarking.memory import peak_extra_bytes
 from kdkernels.benchmarking.timing import side_by_side
 from kdkernels.benchmarking.workloads import Operation, Workload
 from kdkernels.cli import app
 from kdkernels.cli.choices import DIVERGENCES, DivergenceName
+from kdkernels.validation import comparison
 from kdkernels.validation.comparison import error_of
 
 SMALL_CHECK = ["check", "--backend", "cpu", "--device", "cpu", "--quick", "--divergence", "jsd", "--dtype", "float32"]
@@ -108,14 +109,46 @@ def test_check_passes() -> None:
         "mixture",
         "token_statistics",
         "topk_logits",
+        "sample_logits",
+        "records",
+        "token_log_probs",
+        "token_set_log_probs",
         "pairwise_l1",
         "pairwise_l1 of heads",
         "sorted_l1",
         "plackett_luce",
         "bernoulli_loss",
+        "head_mass",
+        "relation_loss",
+        "angle_loss",
         "sinkhorn",
     ]
     assert all(0 < line["error"] < 1e-5 for line in report["results"])
+    assert {line["backend"] for line in report["results"]} == {"cpu"}
+
+
+@needs_native
+def test_check_says_what_a_backend_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    def serves(name: str, family: str) -> tuple[bool, str]:
+        return family != "records", f"{name} has no {family}"
+
+    monkeypatch.setattr(comparison, "serves", serves)
+    only = ["--operation", "records", "--operation", "angle_loss"]
+    report = json.loads(invoke(*SMALL_CHECK, *only, "--json").stdout)
+    assert [line["operation"] for line in report["results"]] == ["angle_loss"]
+    assert report["not_checked"] == {"records by cpu": "cpu has no records"}
+    assert "not checked: records by cpu, cpu has no records" in invoke(*SMALL_CHECK, *only).output
+    result = invoke(*SMALL_CHECK, "--operation", "records")
+    assert result.exit_code == 2
+    assert "nothing to check" in result.output
+
+
+def test_every_backend_is_asked_what_it_serves() -> None:
+    for name in NAMES:
+        for family in set(comparison.FAMILIES.values()):
+            served, reason = serves(name, family)
+            assert served or reason
+            assert served or name not in {"cpu", "triton"}
 
 
 @needs_native
@@ -160,6 +193,16 @@ def scale_gradients(*gradients: torch.Tensor | None) -> None:
         ("token_statistics", lambda values, _: scale_first(values), "token_statistics", ""),
         ("topk", lambda values, _: scale_first(values[1:]), "topk_logits", "log_probs"),
         ("topk", lambda values, _: values[0].add_(1), "topk_logits", "ids"),
+        ("sample", lambda values, _: scale_first(values[1:]), "sample_logits", "weights"),
+        ("sample", lambda values, _: values[0].add_(1), "sample_logits", "ids"),
+        ("unpack_records", lambda values, _: scale_first(values[1:]), "records", "log_probs"),
+        ("sparse_divergence_fused", lambda values, _: scale_first(values), "token_log_probs", "value per token"),
+        ("head_mass", lambda values, _: scale_first(values), "head_mass", "threshold"),
+        ("head_mass", lambda values, _: scale_first(values[1:]), "head_mass", "gap of the"),
+        ("relation", lambda _, given: scale_gradients(*given[3]), "relation_loss", "gradient to"),
+        ("divergence_fused", lambda _, given: scale_gradients(*given[-2:]), "relation_loss", "gradient to"),
+        ("angle", lambda values, _: values[1].mul_(1.01), "angle_loss", "gradient to student"),
+        ("token_ranks", lambda values, _: values.add_(1), "plackett_luce", "ranks"),
         ("pairwise_l1_forward", lambda values, _: scale_first(values), "pairwise_l1", ""),
         ("pairwise_l1_backward", lambda _, given: scale_gradients(*given[-2:]), "pairwise_l1", "gradient to"),
         ("pairwise_l1_backward", lambda _, given: scale_gradients(*given[-2:]), "pairwise_l1 of heads", "gradient to"),
@@ -179,6 +222,16 @@ def scale_gradients(*gradients: torch.Tensor | None) -> None:
         "token_statistics",
         "topk",
         "topk ids",
+        "sample",
+        "sample ids",
+        "records",
+        "label log-probabilities",
+        "thresholds",
+        "gaps",
+        "relations in one kernel",
+        "relations in chunks",
+        "angle",
+        "ranks",
         "pairs",
         "pairs backward",
         "pairs of heads",
@@ -201,7 +254,7 @@ def test_check_finds_a_kernel_that_is_a_percent_off(
         return values
 
     monkeypatch.setattr(cpu, kernel, wrong)
-    result = invoke(*SMALL_CHECK, "--json")
+    result = invoke(*SMALL_CHECK, "--json", "--operation", operation)
     assert result.exit_code == 1
     report = json.loads(result.stdout)
     assert not report["passed"]
@@ -238,7 +291,7 @@ def test_check_says_why_there_is_nothing_to_check(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["check", "--backend", "reference"], "--backend reference: must be one of cpu, triton"),
+        (["check", "--backend", "reference"], "--backend reference: must be one of cpu, triton, cuda"),
         (["check", "--device", "tpu"], "--device tpu"),
         (["bench", "--device", "mps"], "only cpu and cuda"),
         (["bench", "--contender", "nobody"], "must be one of 'kdkernels', 'eager'"),

@@ -89,7 +89,14 @@ class Environment:
 
     def run(self, *arguments: str | Path, **variables: str) -> str:
         """Runs the interpreter, away from the checkout, and returns what it prints."""
-        hidden = ("PYTHONPATH", "KDKERNELS_CPU", "KDKERNELS_DISABLE_NATIVE", "KDKERNELS_CPU_ISA", "TRITON_INTERPRET")
+        hidden = (
+            "PYTHONPATH",
+            "KDKERNELS_CPU",
+            "KDKERNELS_CUDA",
+            "KDKERNELS_DISABLE_NATIVE",
+            "KDKERNELS_CPU_ISA",
+            "TRITON_INTERPRET",
+        )
         clean = {name: value for name, value in os.environ.items() if name not in hidden}
         finished = subprocess.run(
             [str(self.python), *map(str, arguments)],
@@ -130,7 +137,7 @@ def closure(requirements: Iterable[str]) -> list[importlib.metadata.Distribution
 @pytest.fixture(scope="module")
 def source_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout without anything that was ever built in it."""
-    ignored = (".*", "build", "dist", "out", "*.egg-info", "*.so", "native_not_built.txt", "__pycache__")
+    ignored = (".*", "build", "dist", "out", "*.egg-info", "*.so", "*_not_built.txt", "__pycache__")
     kept = (".clang-format", ".pre-commit-config.yaml", ".ci")
     target = tmp_path_factory.mktemp("source") / "kdkernels"
 
@@ -175,7 +182,9 @@ def unpacked(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pure_wheel(builder: Environment, unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pure")
-    builder.run("-m", "build", "--no-isolation", "--wheel", "--outdir", out, unpacked, KDKERNELS_CPU="0")
+    builder.run(
+        "-m", "build", "--no-isolation", "--wheel", "--outdir", out, unpacked, KDKERNELS_CPU="0", KDKERNELS_CUDA="0"
+    )
     (wheel,) = out.glob("*.whl")
     return wheel
 
@@ -184,7 +193,7 @@ def pure_wheel(builder: Environment, unpacked: Path, tmp_path_factory: pytest.Te
 def native_wheel(builder: Environment, unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("native")
     # Not optimised, which takes a quarter of the time: what is tested is the way from the sdist to a loss.
-    options = {"KDKERNELS_CPU": "1", "CMAKE_ARGS": "-DCMAKE_CXX_FLAGS_RELEASE=-O0"}
+    options = {"KDKERNELS_CPU": "1", "KDKERNELS_CUDA": "0", "CMAKE_ARGS": "-DCMAKE_CXX_FLAGS_RELEASE=-O0"}
     builder.run("-m", "build", "--no-isolation", "--wheel", "--outdir", out, unpacked, **options)
     (wheel,) = out.glob("*.whl")
     return wheel
@@ -227,7 +236,7 @@ def test_sdist_holds_every_source(sdist: Path) -> None:
     for folder, patterns in {
         "kdkernels": ("*.py", "*.pyi", "py.typed"),
         "triton_kernels": ("*.py",),
-        "csrc": ("*.h", "*.cpp"),
+        "csrc": ("*.h", "*.cpp", "*.cu", "*.cuh"),
         "tests": ("*.py",),
         "examples": ("*.py",),
         "benchmarks": ("*.py",),
@@ -235,7 +244,7 @@ def test_sdist_holds_every_source(sdist: Path) -> None:
         for pattern in patterns:
             wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob(pattern)}
     assert wanted <= names, wanted - names
-    assert not {name for name in names if name.endswith((".so", ".pyc", "native_not_built.txt"))}
+    assert not {name for name in names if name.endswith((".so", ".pyc", "_not_built.txt"))}
 
 
 @pytest.mark.slow
@@ -273,7 +282,7 @@ def test_editable_install_finds_the_mapped_folder(source_tree: Path, tmp_path: P
     requirements = [*PROJECT["project"]["dependencies"], *PROJECT["build-system"]["requires"]]
     environment = Environment.create(tmp_path / "env", requirements)
     checkout = shutil.copytree(source_tree, tmp_path / "checkout")
-    environment.install("--no-build-isolation", "--editable", checkout, KDKERNELS_CPU="0")
+    environment.install("--no-build-isolation", "--editable", checkout, KDKERNELS_CPU="0", KDKERNELS_CUDA="0")
     report = environment.probe()
     assert_installed_and_right(report, checkout)
 
@@ -283,6 +292,13 @@ def test_native_build_that_is_demanded_but_impossible_fails(builder: Environment
     build = ("-m", "build", "--no-isolation", "--wheel", source_tree)
     with pytest.raises(AssertionError, match=r"no C\+\+ compiler was found"):
         builder.run(*build, KDKERNELS_CPU="1", CXX="there-is-no-such-compiler")
+
+
+@pytest.mark.slow
+def test_cuda_build_that_is_demanded_but_impossible_fails(builder: Environment, source_tree: Path) -> None:
+    build = ("-m", "build", "--no-isolation", "--wheel", source_tree)
+    with pytest.raises(AssertionError, match="nvcc was not found"):
+        builder.run(*build, KDKERNELS_CPU="0", KDKERNELS_CUDA="1", CUDACXX="there-is-no-such-compiler")
 
 
 @pytest.mark.slow

@@ -540,8 +540,8 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"temperature": torch.ones(2, 3)}, TypeError, "temperature must be a positive finite number, got tensor"),
     ({"teacher_temperature": NAN}, ValueError, "teacher_temperature must be a positive finite number, got nan"),
     ({"vocab_size": 8}, ValueError, "vocab_size must be between 1 and the student's vocabulary of 7, got 8"),
-    ({"memory_budget": 0}, ValueError, "memory_budget must be None or a positive number of bytes, got 0"),
-    ({"backend": "cuda"}, ValueError, "backend must be None or one of reference, cpu, triton, got 'cuda'"),
+    ({"memory_budget": -1}, ValueError, "memory_budget must be None or a number of bytes, 0 or more, got -1"),
+    ({"backend": "gpu"}, ValueError, "backend must be None or one of reference, cpu, triton, cuda, got 'gpu'"),
 ]
 
 

@@ -557,8 +557,8 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"temperature": 0.0}, ValueError, "temperature must be a positive finite number, got 0.0"),
     ({"temperature": torch.ones(2, 3)}, TypeError, "temperature must be a positive finite number, got tensor"),
     ({"vocab_size": 8}, ValueError, "vocab_size must be between 1 and the source's vocabulary of 7, got 8"),
-    ({"memory_budget": 0}, ValueError, "memory_budget must be None or a positive number of bytes, got 0"),
-    ({"backend": "cuda"}, ValueError, "backend must be None or one of reference, cpu, triton, got 'cuda'"),
+    ({"memory_budget": -1}, ValueError, "memory_budget must be None or a number of bytes, 0 or more, got -1"),
+    ({"backend": "gpu"}, ValueError, "backend must be None or one of reference, cpu, triton, cuda, got 'gpu'"),
 ]
 TOPK_REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"k": 8}, ValueError, "k must be at most the source's vocabulary of 7, got 8"),

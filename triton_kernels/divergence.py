@@ -24,6 +24,7 @@ from .online_softmax import (
     lane_sum,
     log2_of,
     merge_maximum,
+    over_lanes,
     powers_of_two,
     round_to,
     row_pointer,
@@ -190,15 +191,35 @@ def accumulate(
     for the soft cross-entropy, sum 2^z_t (-z_s), hard_sum (student at temperature 1), max_x, sum_x (Renyi:
     x = a z_t + (1 - a) z_s), where z = (x - max) * scale are the tempered exponents relative to the running maxima.
     """
-    max_s, sum_s, max_t, sum_t, cross_s, cross_t, hard_sum, max_x, sum_x = state
     valid = columns < vocab_size
     s, _ = load_side(student_pointer, columns, valid, student_cap, HAS_STUDENT_CAP, MASKED, EVICTION, COMPUTE)
     t, _ = load_side(teacher_pointer, columns, valid, teacher_cap, HAS_TEACHER_CAP, MASKED, EVICTION, COMPUTE)
-    LEAVES_OUT: tl.constexpr = MASKED or target is not None
     if target is not None:
         valid = valid & (columns != target)
         s = tl.where(valid, s, LOGIT_FLOOR)
         t = tl.where(valid, t, LOGIT_FLOOR)
+    LEAVES_OUT: tl.constexpr = MASKED or target is not None
+    return accumulate_logits(state, s, t, valid, student_scale, teacher_scale, a, KIND, HARD, LEAVES_OUT)
+
+
+@triton.jit
+def accumulate_logits(
+    state,
+    s,
+    t,
+    valid,
+    student_scale,
+    teacher_scale,
+    a,
+    KIND: tl.constexpr,
+    HARD: tl.constexpr,
+    LEAVES_OUT: tl.constexpr,
+):
+    """The lanes' state, see ``accumulate``, with a tile of logits added; what is not `valid` must be on the floor.
+
+    The scales and `a` are one number for all lanes or, where each lane has a row of its own, one for each.
+    """
+    max_s, sum_s, max_t, sum_t, cross_s, cross_t, hard_sum, max_x, sum_x = state
     old_max_s = max_s
     max_s, shift_s, z_s = advance_maximum(max_s, s, student_scale)
     max_t, shift_t, z_t = advance_maximum(max_t, t, teacher_scale)
@@ -216,11 +237,11 @@ def accumulate(
     if KIND == REVERSE_KL or KIND == JEFFREYS:
         cross_s = rescale_s * (cross_s + sum_s * (shift_s - shift_t)) + lane_sum(power_s * (z_s - z_t))
     if KIND == RENYI:
-        x = a * z_t + (1 - a) * z_s
+        x = over_lanes(a) * z_t + (1 - over_lanes(a)) * z_s
         if LEAVES_OUT:
             x = tl.where(valid, x, LOWEST)
         max_x += a * shift_t + (1 - a) * shift_s
-        max_x, shift_x, z_x = advance_maximum(max_x, x, 1.0)
+        max_x, shift_x, z_x = advance_maximum(max_x, x, tl.full((), 1.0, x.dtype))
         sum_x = sum_x * tl.exp2(shift_x) + lane_sum(powers_of_two(z_x, valid, LEAVES_OUT))
     sum_s = sum_s * rescale_s + lane_sum(power_s)
     sum_t = sum_t * rescale_t + lane_sum(power_t)
@@ -268,6 +289,78 @@ def accumulate_terms(
         h_t = tl.where(valid, h_t, 0.0)
         value = tl.where(valid, value, 0.0)
     return sum_h_s + lane_sum(h_s), sum_h_t + lane_sum(h_t), sum_value + lane_sum(value)
+
+
+@triton.constexpr_function
+def takes_two_sweeps(kind):
+    """Whether both normalisers must be known before the value is."""
+    one_sweep = (FORWARD_KL, REVERSE_KL, JEFFREYS, RENYI, SOFT_CROSS_ENTROPY)
+    return kind not in [each.value for each in one_sweep]
+
+
+@triton.jit
+def merge_lanes(state, student_scale, teacher_scale, a, KIND: tl.constexpr, HARD: tl.constexpr):
+    """(max_s, log_sum_s, max_t, log_sum_t, hard_log_sum, value, H_s, H_t) of a row from its lanes' state, see ``accumulate``.
+
+    Sums of the tempered exponents in base 2, that at temperature 1 in base e, 0 unless HARD. The last three are for the
+    forms that take one sweep, else 0.
+    """
+    lane_max_s, sum_s, lane_max_t, sum_t, cross_s, cross_t, hard_sum, max_x, sum_x = state
+    max_s, shift_s = merge_maximum(lane_max_s, student_scale)
+    max_t, shift_t = merge_maximum(lane_max_t, teacher_scale)
+    rescale_s = tl.exp2(shift_s)
+    rescale_t = tl.exp2(shift_t)
+    row_sum_s = tl.sum(sum_s * rescale_s, axis=0)
+    row_sum_t = tl.sum(sum_t * rescale_t, axis=0)
+    log_sum_s = tl.log2(row_sum_s)
+    log_sum_t = tl.log2(row_sum_t)
+    hard_log_sum = 0.0
+    if HARD:
+        hard_log_sum = tl.log(tl.sum(hard_sum * tl.exp2((lane_max_s - max_s) * LOG2_E), axis=0))
+    value = 0.0
+    constant_s = 0.0
+    constant_t = 0.0
+    if KIND == FORWARD_KL or KIND == JEFFREYS:
+        cross = tl.sum(rescale_t * (cross_t + sum_t * (shift_t - shift_s)), axis=0)
+        forward_kl = (cross / row_sum_t - (log_sum_t - log_sum_s)) * LN_2
+    if KIND == REVERSE_KL or KIND == JEFFREYS:
+        cross = tl.sum(rescale_s * (cross_s + sum_s * (shift_s - shift_t)), axis=0)
+        reverse_kl = (cross / row_sum_s - (log_sum_s - log_sum_t)) * LN_2
+    if KIND == FORWARD_KL:
+        value = forward_kl
+        constant_s = -1.0
+        constant_t = forward_kl
+    elif KIND == REVERSE_KL:
+        value = reverse_kl
+        constant_s = reverse_kl
+        constant_t = -1.0
+    elif KIND == SOFT_CROSS_ENTROPY:
+        value = (tl.sum(rescale_t * (cross_t - sum_t * shift_s), axis=0) / row_sum_t + log_sum_s) * LN_2
+        constant_s = -1.0
+        constant_t = value
+    elif KIND == JEFFREYS:
+        value = a * forward_kl + (1 - a) * reverse_kl
+        constant_s = (1 - a) * reverse_kl - a
+        constant_t = a * forward_kl - (1 - a)
+    elif KIND == RENYI:
+        max_x += a * shift_t + (1 - a) * shift_s
+        row_max_x, shift_x = merge_maximum(max_x, 1.0)
+        log_sum_x = tl.log2(tl.sum(sum_x * tl.exp2(shift_x), axis=0))
+        constant_s = (row_max_x + (log_sum_x - (a * log_sum_t + (1 - a) * log_sum_s))) * LN_2
+        constant_t = constant_s
+        value = constant_s / (a - 1)
+    return max_s, log_sum_s, max_t, log_sum_t, hard_log_sum, value, constant_s, constant_t
+
+
+@triton.jit
+def value_from_sums(sum_h_s, sum_h_t, sum_value, a, b, KIND: tl.constexpr):
+    """The divergence from the sums of ``divergence_terms``."""
+    value = sum_h_s + sum_h_t
+    if KIND == SKEW_FORWARD_KL or KIND == SKEW_REVERSE_KL:
+        value = sum_value
+    if KIND == AB:
+        value = value / (a + b)
+    return value
 
 
 @triton.jit(do_not_specialize=["student_stride", "teacher_stride", "vocab_size"])
@@ -357,45 +450,10 @@ def divergence_forward_kernel(
             student_cap, teacher_cap, a, target, KIND, HARD, HAS_STUDENT_CAP, HAS_TEACHER_CAP, True, "", COMPUTE,
         )  # fmt: skip
 
-    lane_max_s, sum_s, lane_max_t, sum_t, cross_s, cross_t, hard_sum, max_x, sum_x = state
-    max_s, shift_s = merge_maximum(lane_max_s, student_scale)
-    max_t, shift_t = merge_maximum(lane_max_t, teacher_scale)
-    rescale_s = tl.exp2(shift_s)
-    rescale_t = tl.exp2(shift_t)
-    row_sum_s = tl.sum(sum_s * rescale_s, axis=0)
-    row_sum_t = tl.sum(sum_t * rescale_t, axis=0)
-    log_sum_s = tl.log2(row_sum_s)
-    log_sum_t = tl.log2(row_sum_t)
-    if KIND == FORWARD_KL or KIND == JEFFREYS:
-        cross = tl.sum(rescale_t * (cross_t + sum_t * (shift_t - shift_s)), axis=0)
-        forward_kl = (cross / row_sum_t - (log_sum_t - log_sum_s)) * LN_2
-    if KIND == REVERSE_KL or KIND == JEFFREYS:
-        cross = tl.sum(rescale_s * (cross_s + sum_s * (shift_s - shift_t)), axis=0)
-        reverse_kl = (cross / row_sum_s - (log_sum_s - log_sum_t)) * LN_2
-    if KIND == FORWARD_KL:
-        value = forward_kl
-        constant_s = -1.0
-        constant_t = forward_kl
-    elif KIND == REVERSE_KL:
-        value = reverse_kl
-        constant_s = reverse_kl
-        constant_t = -1.0
-    elif KIND == SOFT_CROSS_ENTROPY:
-        value = (tl.sum(rescale_t * (cross_t - sum_t * shift_s), axis=0) / row_sum_t + log_sum_s) * LN_2
-        constant_s = -1.0
-        constant_t = value
-    elif KIND == JEFFREYS:
-        value = a * forward_kl + (1 - a) * reverse_kl
-        constant_s = (1 - a) * reverse_kl - a
-        constant_t = a * forward_kl - (1 - a)
-    elif KIND == RENYI:
-        max_x += a * shift_t + (1 - a) * shift_s
-        row_max_x, shift_x = merge_maximum(max_x, 1.0)
-        log_sum_x = tl.log2(tl.sum(sum_x * tl.exp2(shift_x), axis=0))
-        constant_s = (row_max_x + (log_sum_x - (a * log_sum_t + (1 - a) * log_sum_s))) * LN_2
-        constant_t = constant_s
-        value = constant_s / (a - 1)
-    else:
+    max_s, log_sum_s, max_t, log_sum_t, hard_log_sum, value, constant_s, constant_t = merge_lanes(
+        state, student_scale, teacher_scale, a, KIND, HARD
+    )
+    if takes_two_sweeps(KIND):
         # From the row's end to its start: the logits read last are the likeliest still in cache.
         sums = (zero, zero, zero)
         for start in range(whole, vocab_size, REST_TILE):
@@ -412,12 +470,7 @@ def divergence_forward_kernel(
             )  # fmt: skip
         constant_s = tl.sum(sums[0], axis=0)
         constant_t = tl.sum(sums[1], axis=0)
-        if KIND == SKEW_FORWARD_KL or KIND == SKEW_REVERSE_KL:
-            value = tl.sum(sums[2], axis=0)
-        else:
-            value = constant_s + constant_t
-            if KIND == AB:
-                value = value / (a + b)
+        value = value_from_sums(constant_s, constant_t, tl.sum(sums[2], axis=0), a, b, KIND)
     student_target = 0.0
     teacher_target = 0.0
     if targets is not None:
@@ -449,7 +502,6 @@ def divergence_forward_kernel(
     tl.store(row_statistics + STUDENT_TARGET, student_target)
     tl.store(row_statistics + TEACHER_TARGET, teacher_target)
     if labels is not None:
-        hard_log_sum = tl.log(tl.sum(hard_sum * tl.exp2((lane_max_s - max_s) * LOG2_E), axis=0))
         if targets is not None:
             gap = target_logit - max_s
             high = tl.maximum(hard_log_sum, gap)
@@ -513,8 +565,7 @@ def gradient_tile(
             gradient = tl.where(columns == target, student_target, gradient)
         gradient *= student_factor
         if HARD:
-            hard = tl.exp2((s - max_s) * LOG2_E - hard_log_sum)
-            gradient += hard_factor * (hard - tl.where(columns == label, 1.0, 0.0))
+            gradient += hard_factor * hard_terms(s, max_s, hard_log_sum, columns == label)
         store_gradient(grad_student_row + columns, gradient, s, tanh_s, valid, HAS_STUDENT_CAP, MASKED)
     if grad_teacher_row is not None:
         gradient = teacher_terms(log_p, log_q, constant_t, a, b, KIND, FAST_LOG)
@@ -526,11 +577,23 @@ def gradient_tile(
 
 
 @triton.jit
-def store_gradient(pointers, gradient, logits, tanh, valid, HAS_CAP: tl.constexpr, MASKED: tl.constexpr):
-    """Writes d/d logit, through the cap, and exactly 0 where the floor has replaced the logit."""
+def hard_terms(s, max_s, hard_log_sum, is_label):
+    """The gradient of the cross-entropy to the student's logits at each entry; `hard_log_sum` in base 2."""
+    return tl.exp2((s - max_s) * LOG2_E - hard_log_sum) - tl.where(is_label, 1.0, 0.0)
+
+
+@triton.jit
+def before_cap(gradient, logits, tanh, HAS_CAP: tl.constexpr):
+    """The gradient to a logit before the cap, and exactly 0 where the floor has replaced it."""
     if HAS_CAP:
         gradient *= 1 - tanh * tanh
-    gradient = round_to(tl.where(logits == LOGIT_FLOOR, 0.0, gradient), pointers.dtype.element_ty)
+    return tl.where(logits == LOGIT_FLOOR, 0.0, gradient)
+
+
+@triton.jit
+def store_gradient(pointers, gradient, logits, tanh, valid, HAS_CAP: tl.constexpr, MASKED: tl.constexpr):
+    """Writes d/d logit, see ``before_cap``."""
+    gradient = round_to(before_cap(gradient, logits, tanh, HAS_CAP), pointers.dtype.element_ty)
     if MASKED:
         tl.store(pointers, gradient, mask=valid)
     else:

@@ -83,6 +83,12 @@ def load_logits(
         logits = tl.load(pointer + columns, mask=valid, other=0.0, eviction_policy=EVICTION).to(COMPUTE)
     else:
         logits = tl.load(pointer + columns, eviction_policy=EVICTION).to(COMPUTE)
+    return capped_logits(logits, valid, cap, HAS_CAP, MASKED)
+
+
+@triton.jit
+def capped_logits(logits, valid, cap, HAS_CAP: tl.constexpr, MASKED: tl.constexpr):
+    """What ``load_logits`` makes of raw logits in the compute type."""
     tanh = logits
     if HAS_CAP:
         logits, tanh = soft_cap(logits, cap)
@@ -134,10 +140,18 @@ def advance_maximum(maximum, logits, scale):
     """The running maximum over one more tile of logits.
 
     Returns the new maximum [LANES], the shift (old - new) * scale [LANES] by which the exponents of sums kept so far
-    move, and the tile's exponents (logits - new) * scale.
+    move, and the tile's exponents (logits - new) * scale. The scale is a scalar, or each lane has its own.
     """
     new = tl.maximum(maximum, lane_max(logits))
-    return new, (maximum - new) * scale, (logits - new[None, :, None]) * scale
+    return new, (maximum - new) * scale, (logits - new[None, :, None]) * over_lanes(scale)
+
+
+@triton.jit
+def over_lanes(number):
+    """A number of each lane, [LANES], in a form that goes with tiles; a scalar remains one."""
+    if len(number.shape) == 1:
+        number = number[None, :, None]
+    return number
 
 
 @triton.jit

@@ -1,9 +1,77 @@
 """How rows of logits and matrices of costs are cut into tiles: sizes and warps for a launch, from sizes and dtypes."""
 
+import functools
 from dataclasses import dataclass
 
 VECTOR_BYTES = 16  # the widest load of one thread: 128 bits
 UNROLLED_BYTES = 32  # of each operand that a lane reads per tile; twice as much spills registers in some divergences
+FEWEST_TILES = 4  # of a row: a program's start, its last sums and its masked end are paid for once per row
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchSizes:
+    """What may differ between launches of a kernel that walks rows, without any change of what it computes."""
+
+    threads: int
+    """Of the program that walks a row."""
+    bytes_per_thread: int
+    """Of each operand, that a thread reads per tile."""
+
+
+TUNED_THREADS = (64, 128, 256)  # with 512 some compositions and divergences spill registers
+TUNED_BYTES = (VECTOR_BYTES, UNROLLED_BYTES)
+
+PICKING_KERNEL = "topk"
+"""The one whose tile is not counted in bytes of its operands but of float32, whatever they are."""
+
+PICKING_TILE = 1024
+"""Logits that a program of the family topk has in hand at once."""
+
+PICKING_WARPS = 8
+"""Of such a program; with half as many some of its registers spill."""
+
+TUNED_PICKING = ((PICKING_TILE // 2, 4), (PICKING_TILE, PICKING_WARPS), (PICKING_TILE, 16))
+
+ROW_KERNELS = (
+    "divergence_forward",
+    "divergence_backward",
+    "token_statistics",
+    "sparse_divergence_forward",
+    "sparse_divergence_backward",
+    "bernoulli",
+    "head_mass",
+    PICKING_KERNEL,
+)
+"""The kernels with launch sizes to choose."""
+
+RESIDENT = {"sm_75": (1024, 16), "sm_86": (1536, 16), "sm_87": (1536, 16)}
+"""Threads and programs that a multiprocessor runs at once (CUDA C++ Programming Guide, technical specifications), where the
+programs are too few for small ones to fill it."""
+
+
+def default_sizes(
+    kernel: str, vocab_size: int, largest_itemsize: int, warp_size: int = 32, architecture: str = ""
+) -> LaunchSizes:
+    """The launch sizes of a kernel that nobody has tuned. Arguments as of `choose_tiling`."""
+    if kernel == PICKING_KERNEL:
+        threads = PICKING_WARPS * warp_size
+        return LaunchSizes(threads, PICKING_TILE * 4 // threads)
+    return row_sizes(vocab_size, largest_itemsize, architecture)
+
+
+def row_sizes(vocab_size: int, largest_itemsize: int, architecture: str) -> LaunchSizes:
+    for threads in (256, 128):
+        if vocab_size * largest_itemsize >= FEWEST_TILES * threads * UNROLLED_BYTES:
+            return LaunchSizes(threads, UNROLLED_BYTES)
+    resident_threads, resident_programs = RESIDENT.get(architecture, (0, 0))
+    return LaunchSizes(64 if 64 * resident_programs >= resident_threads else 128, UNROLLED_BYTES)
+
+
+def candidate_sizes(kernel: str, warp_size: int) -> list[LaunchSizes]:
+    """The launch sizes that tuning tries, and the only ones it may choose. None spills registers, see the tests."""
+    if kernel == PICKING_KERNEL:
+        return [LaunchSizes(warps * warp_size, tile * 4 // (warps * warp_size)) for tile, warps in TUNED_PICKING]
+    return [LaunchSizes(threads, size) for threads in TUNED_THREADS for size in TUNED_BYTES]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,22 +87,28 @@ class Tiling:
     num_warps: int
 
 
-def choose_tiling(vocab_size: int, largest_itemsize: int, aligned: bool, warp_size: int = 32) -> Tiling:
+@functools.lru_cache(maxsize=1024)  # asked at every launch
+def choose_tiling(
+    vocab_size: int,
+    largest_itemsize: int,
+    aligned: bool,
+    warp_size: int = 32,
+    *,
+    architecture: str = "",
+    sizes: LaunchSizes | None = None,
+) -> Tiling:
     """The tiling for rows of `vocab_size` logits.
 
     largest_itemsize: bytes of the widest operand element, 2, 4 or 8.
     aligned: every row of every operand starts on a 16-byte boundary, so that vector loads are possible.
     warp_size: 32 (NVIDIA), 64 (AMD CDNA).
+    architecture: such as "sm_90" or "gfx942"; empty for none in particular.
+    sizes: the launch sizes, if they are not to be the default ones.
     """
+    sizes = sizes or row_sizes(vocab_size, largest_itemsize, architecture)
     width = VECTOR_BYTES // largest_itemsize if aligned else 1
-    unroll = UNROLLED_BYTES // largest_itemsize // width
-    if vocab_size <= 2048:
-        threads = 64
-    elif vocab_size <= 16384:
-        threads = 128
-    else:
-        threads = 256
-    return Tiling(width=width, lanes=threads, unroll=unroll, num_warps=threads // warp_size)
+    unroll = sizes.bytes_per_thread // largest_itemsize // width
+    return Tiling(width=width, lanes=sizes.threads, unroll=unroll, num_warps=sizes.threads // warp_size)
 
 
 ON_CHIP = {4: 128 * 128, 8: 32 * 64}
@@ -92,3 +166,37 @@ def choose_cost_tiling(
 
 def _power_of_two(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
+
+
+@dataclass(frozen=True, slots=True)
+class LinearTiling:
+    """How the logits of LM heads are made and multiplied on the chip, see ``linear_divergence``.
+
+    rows, columns: of a tile of logits. hidden: entries of the hidden size per step of the logits' product; product: those of
+    dH or dW that a program owns. split: columns of a program in the forward; strip: columns whose gradient exists at a time;
+    both are multiples of ``columns``.
+    """
+
+    rows: int
+    columns: int
+    hidden: int
+    product: int
+    num_warps: int
+    num_stages: int
+    split: int = 4096
+    strip: int = 2048
+
+
+FEWEST_ROWS = 16
+"""Of a tile: tensor cores take no fewer."""
+
+
+def choose_linear_tiling(rows: int, itemsize: int, both: bool = False, tf32: bool = False) -> LinearTiling:
+    """The tiling for so many rows of hidden states, whose wider elements have ``itemsize`` bytes, 2 or 4.
+
+    both: whether both sides get a gradient, of which a thread then holds twice as much. tf32: whether float32 may be multiplied so.
+    """
+    few = max(FEWEST_ROWS, _power_of_two(rows))
+    if itemsize == 4:  # without tensor cores, unless TF32 is allowed
+        return LinearTiling(min(32, few), 64, 32, 64, num_warps=8 if tf32 else 4, num_stages=3)
+    return LinearTiling(min(64, few), 64 if both else 128, 64, 128, num_warps=8, num_stages=3)

@@ -8,7 +8,11 @@
 #include "bindings/sparse_divergence.h"
 #include "cuda/kernels.h"
 
-#if !defined(KD_EMULATED)
+#if defined(KD_EMULATED)
+#include <pybind11/stl.h>
+
+#include "testing/faulty_kernels.h"
+#else
 #include <cuda_runtime_api.h>
 #define KD_MODULE_NAME _cuda
 #endif
@@ -59,7 +63,7 @@ void on_gpu(Device device, Problem& problem) {
     make_current(device.first);
     error = kernels(problem, reinterpret_cast<void*>(device.second));
   }
-  if (!error.empty()) throw std::runtime_error(error);
+  if (!error.empty()) throw std::runtime_error("cuda:" + std::to_string(device.first) + ", " + error);
 }
 
 }  // namespace
@@ -70,6 +74,10 @@ PYBIND11_MODULE(KD_MODULE_NAME, module) {
   module.doc() = "CUDA kernels of kdkernels. Addresses and sizes are trusted: call through kdkernels.backends.cuda.";
   module.def("device_error", &device_error, "Why the runtime finds no device, or an empty text.");
   module.def("versions", &versions, "Of the driver and of the runtime that is linked in, as 1000 major + 10 minor.");
+#if defined(KD_EMULATED)
+  module.def("faulty_kernels", &emulation::faulty_kernels);
+  module.def("run_faulty", &emulation::run_faulty);
+#endif
   module.attr("SAVED_STATISTICS") = cuda::saved_statistics;
   module.attr("SPARSE_STATISTICS") = cuda::sparse_statistics;
   module.def("divergence_forward", &divergence<Device, &on_gpu<&cuda::divergence_forward, RowProblem>>);

@@ -4,6 +4,9 @@
 // the start, where the caches still hold them. It leaves what the backward wants per row: maxima, log-sums, and the constants
 // H_s and H_t of the gradients. Backward reads each logit once and writes each gradient once; it may write over the logits.
 //
+// Where there are few rows, several blocks share each: in the forward the blocks of a cluster (sm_90 and later), which add up
+// their sums through each other's shared memory.
+//
 // Each kernel comes plain, one per divergence, and in a general form for all that is rare: compositions, targets apart, double
 // precision. That one takes an entry at a time and looks up the divergence as it goes.
 #include <cmath>
@@ -128,7 +131,8 @@ __device__ __forceinline__ TargetTerm<Real> target_term(Real student_odds, Real 
 }
 
 template <class Real, int number>
-__global__ void __launch_bounds__(most_threads<number>) forward_kernel(RowProblem problem, Compositions compositions, bool adjacent) {
+__global__ void __launch_bounds__(most_threads<number>)
+    forward_kernel(RowProblem problem, Compositions compositions, bool adjacent) {
   constexpr Kind kind = static_cast<Kind>(number);
   constexpr bool general = number == any;
   constexpr int entries = general ? 1 : most_entries;
@@ -138,12 +142,14 @@ __global__ void __launch_bounds__(most_threads<number>) forward_kernel(RowProble
   const bool reverse_sum = now == Kind::reverse_kl || now == Kind::jeffreys;
   constexpr Real to_natural = static_cast<Real>(log_2), to_binary = static_cast<Real>(log2_e);
   KD_SHARED(Real, scratch, warp_lanes);
-  const BlockSums<Real> block{scratch};
-  const int64_t row = blockIdx.x;
+  KD_SHARED(Real, published, 1);
+  const ClusterSums<Real> block{scratch, published};
+  const int64_t row = blockIdx.x / cluster_blocks();
+  const Span span = part_of_row(problem.vocab, cluster_blocks(), cluster_rank());
   Real* const divergence = static_cast<Real*>(problem.divergence);
   Real* const cross_entropy = static_cast<Real*>(problem.cross_entropy);
   if (problem.active && !problem.active[row]) {
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == 0 && cluster_rank() == 0) {
       divergence[row] = 0;
       if (problem.labels) cross_entropy[row] = 0;
     }
@@ -171,7 +177,7 @@ __global__ void __launch_bounds__(most_threads<number>) forward_kernel(RowProble
 
   Real forward = 0, reverse = 0, hard = 0;
   const bool hard_apart = problem.labels && student.temperature != Real(1);
-  for_steps<entries>(problem.vocab, adjacent, [&](const Columns& columns, bool whole) {
+  for_steps<entries>(span, adjacent, [&](const Columns& columns, bool whole) {
     Real s[entries], t[entries];
     load(columns, whole, s, t);
     const Real old_student_sum = student.sum, old_teacher_sum = teacher.sum, old_max = student.max;
@@ -223,7 +229,7 @@ __global__ void __launch_bounds__(most_threads<number>) forward_kernel(RowProble
   } else {
     Real sum_student = 0, sum_teacher = 0, sum_value = 0;
     Online<Real> affinity{static_cast<Real>(masked_entry), 0};  // of exponents that no floor bounds
-    for_steps<entries, true>(problem.vocab, adjacent, [&](const Columns& columns, bool whole) {
+    for_steps<entries, true>(span, adjacent, [&](const Columns& columns, bool whole) {
       Real s[entries], t[entries];
       load(columns, whole, s, t);
 #pragma unroll
@@ -252,7 +258,7 @@ __global__ void __launch_bounds__(most_threads<number>) forward_kernel(RowProble
     }
   }
 
-  if (threadIdx.x != 0) return;
+  if (threadIdx.x != 0 || cluster_rank() != 0) return;
   Real* const kept = static_cast<Real*>(problem.statistics) + row * saved_statistics;
   kept[student_max] = student.max, kept[student_log_sum] = student.log_sum;
   kept[teacher_max] = teacher.max, kept[teacher_log_sum] = teacher.log_sum;
@@ -297,16 +303,18 @@ __device__ __forceinline__ void gradients_at(Kind now, Real log_p, Real log_q, R
 }
 
 template <class Real, int number>
-__global__ void __launch_bounds__(most_threads<number>) backward_kernel(RowProblem problem, Compositions compositions, bool adjacent) {
+__global__ void __launch_bounds__(most_threads<number>)
+    backward_kernel(RowProblem problem, Compositions compositions, bool adjacent) {
   constexpr Kind kind = static_cast<Kind>(number);
   constexpr bool general = number == any;
   constexpr int entries = general ? 1 : most_entries;
   constexpr Real to_natural = static_cast<Real>(log_2), to_binary = static_cast<Real>(log2_e);
   const Kind now = general ? static_cast<Kind>(problem.kind) : kind;
   const int64_t row = blockIdx.x;
+  const Span span = part_of_row(problem.vocab, static_cast<int>(gridDim.y), static_cast<int>(blockIdx.y));
   const Stored<Real> to_student(problem.grad_student, row), to_teacher(problem.grad_teacher, row);
   if (problem.active && !problem.active[row]) {
-    for_steps<entries>(problem.vocab, adjacent, [&](const Columns& columns, bool whole) {
+    for_steps<entries>(span, adjacent, [&](const Columns& columns, bool whole) {
       const Real zeros[entries] = {};
       to_student.template store<entries>(columns, whole, zeros);
       to_teacher.template store<entries>(columns, whole, zeros);
@@ -330,7 +338,7 @@ __global__ void __launch_bounds__(most_threads<number>) backward_kernel(RowProbl
   const int64_t label = hard ? problem.labels[row] : -1;
   const int64_t target = general && problem.targets ? problem.targets[row] : -1;
   const Real rest_weight = general && problem.targets ? of_row<Real>(problem.rest_weight, row) : Real(1);
-  for_steps<entries>(problem.vocab, adjacent, [&](const Columns& columns, bool whole) {
+  for_steps<entries>(span, adjacent, [&](const Columns& columns, bool whole) {
     Real s[entries], t[entries], g_s[entries], g_t[entries];
     student.logits.load(columns, whole, s);
     teacher.logits.load(columns, whole, t);
@@ -371,9 +379,14 @@ bool adjacent(const RowProblem& problem, const Compositions& compositions) {
 template <bool forward, class Real, int number>
 std::string run(const RowProblem& problem, const Compositions& compositions, void* stream) {
   const bool general = number == any;
+  const unsigned rows = static_cast<unsigned>(problem.rows);
+  const unsigned blocks = static_cast<unsigned>(blocks_per_row(problem.rows, problem.vocab, multiprocessors()));
+  // Sums over a row need a cluster of its blocks; its gradient needs no sums.
+  const unsigned cluster = has_clusters() ? blocks : 1;
   return launch(forward ? "divergence_forward" : "divergence_backward",
                 forward ? forward_kernel<Real, number> : backward_kernel<Real, number>,
-                static_cast<unsigned>(problem.rows), threads_for(problem.vocab, general ? 1 : most_entries, most_threads<number>), 0,
+                forward ? Grid(rows * cluster, 1, cluster) : Grid(rows, blocks),
+                threads_for(problem.vocab, general ? 1 : most_entries, most_threads<number>), 0,
                 static_cast<LaunchStream>(stream), problem, compositions, !general && adjacent(problem, compositions));
 }
 

@@ -80,4 +80,31 @@ struct BlockSums {
   }
 };
 
+// The same over the blocks of a cluster, which share a row: through each other's shared memory, in the order of their ranks.
+template <class Real>
+struct ClusterSums {
+  SharedView<Real> scratch;
+  SharedView<Real> published;  // one element
+
+  __device__ __forceinline__ Real max(Real own) const {
+    return combined(BlockSums<Real>{scratch}.max(own), Largest<Real>{});
+  }
+  __device__ __forceinline__ Real total(Real own) const {
+    return combined(BlockSums<Real>{scratch}.total(own), Add<Real>{});
+  }
+
+ private:
+  template <class Combine>
+  __device__ __forceinline__ Real combined(Real found, Combine combine) const {
+    const int blocks = cluster_blocks();
+    if (blocks == 1) return found;
+    if (threadIdx.x == 0) published[0] = found;
+    KD_SYNC_CLUSTER();
+    found = of_peer(published, 0, 0);
+    for (int rank = 1; rank < blocks; ++rank) found = combine(found, of_peer(published, rank, 0));
+    KD_SYNC_CLUSTER();  // all have read it
+    return found;
+  }
+};
+
 }  // namespace kd::cuda

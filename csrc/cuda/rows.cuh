@@ -23,18 +23,37 @@ struct Columns {
   __device__ __forceinline__ bool valid(int i) const { return at(i) < vocab; }
 };
 
-// Calls body(columns, whole) for all steps of this thread; `whole`: all entries lie in the row. Backwards, what was read last
+// A part of a row.
+struct Span {
+  int64_t begin;
+  int64_t end;
+};
+
+// The part of a row that one of several blocks walks; it begins where the vectors of the row do.
+__device__ __forceinline__ Span part_of_row(int64_t vocab, int blocks, int rank) {
+  const int64_t vectors = (vocab + most_entries - 1) / most_entries;
+  const int64_t length = (vectors + blocks - 1) / blocks * most_entries;
+  const int64_t begin = rank * length, end = begin + length;
+  return {begin < vocab ? begin : vocab, end < vocab ? end : vocab};
+}
+
+// Calls body(columns, whole) for all steps of this thread; `whole`: all entries lie in the span. Backwards, what was read last
 // comes first: it is the likeliest still in a cache.
 template <int entries, bool backwards = false, class Body>
-__device__ __forceinline__ void for_steps(int64_t vocab, bool adjacent, Body body) {
+__device__ __forceinline__ void for_steps(Span span, bool adjacent, Body body) {
   const int64_t threads = blockDim.x, thread = threadIdx.x;
-  const int64_t length = threads * entries, last = (vocab - 1) / length * length;
-  for (int64_t done = 0; done < vocab; done += length) {
-    const int64_t start = backwards ? last - done : done;
+  const int64_t length = threads * entries, size = span.end - span.begin, last = (size - 1) / length * length;
+  for (int64_t done = 0; done < size; done += length) {
+    const int64_t start = span.begin + (backwards ? last - done : done);
     const Columns columns =
-        adjacent ? Columns{start + thread * entries, 1, vocab} : Columns{start + thread, threads, vocab};
-    body(columns, columns.at(entries - 1) < vocab);
+        adjacent ? Columns{start + thread * entries, 1, span.end} : Columns{start + thread, threads, span.end};
+    body(columns, columns.at(entries - 1) < span.end);
   }
+}
+
+template <int entries, bool backwards = false, class Body>
+__device__ __forceinline__ void for_steps(int64_t vocab, bool adjacent, Body body) {
+  for_steps<entries, backwards>(Span{0, vocab}, adjacent, body);
 }
 
 __host__ __device__ __forceinline__ int64_t dtype_bytes(DType dtype) {
@@ -166,6 +185,15 @@ inline unsigned threads_for(int64_t vocab, int entries = most_entries, unsigned 
   unsigned threads = 32;
   while (threads < most && static_cast<int64_t>(threads) * entries * 2 < vocab) threads *= 2;
   return threads;
+}
+
+// How many blocks share a row: several where there are too few rows to keep the device busy, as long as each has enough to do.
+inline int blocks_per_row(int64_t rows, int64_t vocab, int multiprocessors) {
+  constexpr int most = 8;  // that every device with clusters grants
+  constexpr int64_t shortest = 4096;
+  int blocks = 1;
+  while (blocks < most && rows * blocks * 2 <= 2 * multiprocessors && vocab >= shortest * blocks * 2) blocks *= 2;
+  return blocks;
 }
 
 // Whether a thread may load and store 16 bytes at once from every row.

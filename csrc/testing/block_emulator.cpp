@@ -28,18 +28,20 @@ class SharedArray {
     int writer = -1, reader = -1;  // -2: several
     uint64_t write_epoch = 0, read_epoch = 0;
     uint64_t write_warp_epoch = 0, read_warp_epoch = 0;
+    uint64_t write_cluster_epoch = 0, peer_read_cluster_epoch = 0;
   };
 
   size_t elements, element_bytes;
   std::vector<char> bytes;
   std::vector<Cell> cells;
+  std::pair<const void*, int> declaration;  // by which the other blocks of a cluster have theirs
 };
 
 namespace {
 
 constexpr size_t stack_bytes = 256 << 10;
 
-enum class State { ready, at_barrier, at_exchange, done };
+enum class State { ready, at_barrier, at_exchange, at_cluster_barrier, done };
 
 struct Fiber {
   ucontext_t context{};
@@ -57,10 +59,20 @@ struct Fiber {
 class Block;
 Block* active_block = nullptr;
 
+// The blocks that run side by side, in the order of their ranks.
+struct Cluster {
+  std::vector<std::unique_ptr<Block>> blocks;
+  uint64_t epoch = 1;
+};
+
 class Block {
  public:
-  Block(const Launch& launch, const std::function<void()>& kernel)
-      : launch_(launch), kernel_(kernel), threads_(int(launch.block.x * launch.block.y * launch.block.z)) {
+  Block(const Launch& launch, const std::function<void()>& kernel, Cluster& cluster, int rank)
+      : cluster_(cluster),
+        rank_(rank),
+        launch_(launch),
+        kernel_(kernel),
+        threads_(int(launch.block.x * launch.block.y * launch.block.z)) {
     fibers_.resize(threads_);
     warp_epochs_.resize((threads_ + warp_size - 1) / warp_size);
     for (int i = 0; i < threads_; ++i) {
@@ -70,7 +82,7 @@ class Block {
     }
   }
 
-  void run(Index3 block) {
+  void begin(Index3 block) {
     block_ = block;
     epoch_ = 1;
     std::fill(warp_epochs_.begin(), warp_epochs_.end(), 1);
@@ -78,21 +90,67 @@ class Block {
     dynamic_.reset();
     error_ = nullptr;
     for (auto& fiber : fibers_) start(*fiber);
+  }
+
+  // Runs every thread until it waits, and lets go on those that wait for this block alone. False: nothing could be done.
+  bool advance() {
     active_block = this;
-    for (;;) {
-      bool progress = false;
-      for (current_ = 0; current_ < threads_ && !error_; ++current_) {
-        if (fibers_[current_]->state != State::ready) continue;
-        progress = true;
-        resume(*fibers_[current_]);
-      }
-      if (error_) break;
-      if (all_in(State::done)) break;
-      if (!release_warps() && !release_barrier() && !progress) complain();
-      if (error_) break;
+    bool progress = false;
+    for (current_ = 0; current_ < threads_ && !error_; ++current_) {
+      if (fibers_[current_]->state != State::ready) continue;
+      progress = true;
+      resume(*fibers_[current_]);
     }
+    if (!error_) progress = release_warps() || release_barrier() || progress;
     active_block = nullptr;
     if (error_) std::rethrow_exception(error_);
+    return progress;
+  }
+
+  bool all_in(State state) const {
+    return std::all_of(fibers_.begin(), fibers_.end(), [&](const auto& fiber) { return fiber->state == state; });
+  }
+
+  void release_from_cluster_barrier() {
+    for (auto& fiber : fibers_) fiber->state = State::ready;
+    ++epoch_;
+  }
+
+  // The fault of threads that can never go on.
+  [[noreturn]] void complain() const {
+    for (int i = 0; i < threads_; ++i) {
+      const Fiber& fiber = *fibers_[i];
+      if (fiber.state == State::at_barrier)
+        throw Fault(where(fiber.line, i) + "a block barrier that not all threads reach");
+      if (fiber.state == State::at_cluster_barrier)
+        throw Fault(where(fiber.line, i) + "a cluster barrier that not all threads reach");
+      if (fiber.state == State::at_exchange)
+        throw Fault(where(fiber.line, i) + "a warp's exchange that not all lanes of its mask reach");
+    }
+    throw Fault("the emulator is stuck");
+    // The fibers that wait are left where they are: a kernel's frame holds nothing that must be destroyed.
+  }
+
+  int rank() const { return rank_; }
+
+  char* peer_access(const SharedArray& array, int line, int64_t index, int rank) {
+    const auto fail = [&](const std::string& what) {
+      throw Fault(where(line, current_) + "shared memory of block " + std::to_string(rank) + " of the cluster" + what);
+    };
+    if (rank < 0 || rank >= static_cast<int>(cluster_.blocks.size())) fail(", which has fewer");
+    Block& peer = *cluster_.blocks[rank];
+    if (peer.all_in(State::done)) fail(": the block has ended");
+    const auto found = peer.arrays_.find(array.declaration);
+    if (found == peer.arrays_.end()) fail(" is read before it is there");
+    SharedArray& theirs = *found->second;
+    if (index < 0 || index >= static_cast<int64_t>(theirs.elements))
+      fail(": index " + std::to_string(index) + " of " + std::to_string(theirs.elements));
+    auto& cell = theirs.cells[index];
+    if (!cell.written) fail(" is read before it is written, index " + std::to_string(index));
+    if (&peer != this && cell.write_cluster_epoch == cluster_.epoch)
+      fail(", index " + std::to_string(index) + ": it was written, and no cluster barrier lies between");
+    if (&peer != this) cell.peer_read_cluster_epoch = cluster_.epoch;
+    return theirs.bytes.data() + index * theirs.element_bytes;
   }
 
   Fiber& current() { return *fibers_[current_]; }
@@ -126,7 +184,10 @@ class Block {
 
   SharedArray& shared(const void* declaration, int line, size_t elements, size_t element_bytes) {
     auto& array = arrays_[{declaration, line}];
-    if (!array) array = std::make_unique<SharedArray>(elements, element_bytes);
+    if (!array) {
+      array = std::make_unique<SharedArray>(elements, element_bytes);
+      array->declaration = {declaration, line};
+    }
     return *array;
   }
 
@@ -160,6 +221,9 @@ class Block {
     if (kind != Access::read && !both_atomic && conflicts(cell.reader, cell.read_epoch, cell.read_warp_epoch))
       throw Fault(where(line, current_) + "shared memory, index " + std::to_string(index) + ": thread " +
                   std::to_string(cell.reader) + " reads it, and no barrier lies between");
+    if (kind != Access::read && cell.peer_read_cluster_epoch == cluster_.epoch)
+      throw Fault(where(line, current_) + "shared memory, index " + std::to_string(index) +
+                  ": another block of the cluster reads it, and no cluster barrier lies between");
     if (kind == Access::read) {
       const bool others_read = cell.reader != -1 && cell.reader != current_ && cell.read_epoch == epoch_;
       const bool same_warp = cell.reader >= 0 && cell.reader / warp_size == current_ / warp_size;
@@ -175,6 +239,7 @@ class Block {
       cell.writer = current_;
       cell.write_epoch = epoch_;
       cell.write_warp_epoch = warp_epoch;
+      cell.write_cluster_epoch = cluster_.epoch;
     }
     return array.bytes.data() + index * array.element_bytes;
   }
@@ -225,10 +290,6 @@ class Block {
 #endif
   }
 
-  bool all_in(State state) const {
-    return std::all_of(fibers_.begin(), fibers_.end(), [&](const auto& fiber) { return fiber->state == state; });
-  }
-
   // Lets the warps go on all of whose lanes in the mask have come to the same exchange.
   bool release_warps() {
     bool released = false;
@@ -268,19 +329,8 @@ class Block {
     return true;
   }
 
-  // No thread can go on.
-  void complain() {
-    std::string text;
-    for (int i = 0; i < threads_ && text.empty(); ++i) {
-      const Fiber& fiber = *fibers_[i];
-      if (fiber.state == State::at_barrier) text = where(fiber.line, i) + "a block barrier that not all threads reach";
-      if (fiber.state == State::at_exchange)
-        text = where(fiber.line, i) + "a warp's exchange that not all lanes of its mask reach";
-    }
-    error_ = std::make_exception_ptr(Fault(text));
-    // The fibers that wait are left where they are: a kernel's frame holds nothing that must be destroyed.
-  }
-
+  Cluster& cluster_;
+  int rank_;
   Launch launch_;
   const std::function<void()>& kernel_;
   int threads_;
@@ -306,14 +356,38 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
     throw Fault(std::string(launch.kernel) + ": a block of " + std::to_string(threads) + " threads");
   if (launch.grid.y > 65535 || launch.grid.z > 65535 || launch.grid.x > 0x7FFFFFFFu)
     throw Fault(std::string(launch.kernel) + ": the grid is too large");
-  std::vector<uint64_t> order(uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z);
+  if (launch.cluster < 1 || launch.cluster > 8 || launch.grid.x % launch.cluster)
+    throw Fault(std::string(launch.kernel) + ": a grid of " + std::to_string(launch.grid.x) +
+                " blocks in clusters of " + std::to_string(launch.cluster));
+  const unsigned columns = launch.grid.x / launch.cluster;
+  std::vector<uint64_t> order(uint64_t(columns) * launch.grid.y * launch.grid.z);
   if (order.empty()) throw Fault(std::string(launch.kernel) + ": an empty grid");
   std::iota(order.begin(), order.end(), uint64_t(0));
   if (launch.block_order_seed) std::shuffle(order.begin(), order.end(), std::mt19937_64(launch.block_order_seed));
-  Block block(launch, kernel);
-  for (const uint64_t number : order)
-    block.run({unsigned(number % launch.grid.x), unsigned(number / launch.grid.x % launch.grid.y),
-               unsigned(number / (uint64_t(launch.grid.x) * launch.grid.y))});
+  Cluster cluster;
+  for (unsigned rank = 0; rank < launch.cluster; ++rank)
+    cluster.blocks.push_back(std::make_unique<Block>(launch, kernel, cluster, int(rank)));
+  const auto all_in = [&](State state) {
+    return std::all_of(cluster.blocks.begin(), cluster.blocks.end(),
+                       [&](const auto& one) { return one->all_in(state); });
+  };
+  for (const uint64_t number : order) {
+    for (unsigned rank = 0; rank < launch.cluster; ++rank)
+      cluster.blocks[rank]->begin({unsigned(number % columns) * launch.cluster + rank,
+                                   unsigned(number / columns % launch.grid.y),
+                                   unsigned(number / (uint64_t(columns) * launch.grid.y))});
+    while (!all_in(State::done)) {
+      bool progress = false;
+      for (auto& block : cluster.blocks) progress = block->advance() || progress;
+      if (progress) continue;
+      if (!all_in(State::at_cluster_barrier)) {
+        for (auto& block : cluster.blocks)
+          if (!block->all_in(State::done)) block->complain();
+      }
+      for (auto& block : cluster.blocks) block->release_from_cluster_barrier();
+      ++cluster.epoch;
+    }
+  }
 }
 
 Index3 thread_index() { return active_block->current().index; }
@@ -325,6 +399,9 @@ void fault(int line, const std::string& what) {
   throw Fault(active_block->where(line, active_block->current_number()) + what);
 }
 void sync_threads(int line) { active_block->wait(State::at_barrier, line); }
+void sync_cluster(int line) { active_block->wait(State::at_cluster_barrier, line); }
+int cluster_size() { return static_cast<int>(active_block->launch().cluster); }
+int cluster_rank() { return active_block->rank(); }
 
 const uint64_t* exchange(int line, unsigned mask, Exchange kind, uint64_t value) {
   return active_block->exchange(line, mask, kind, value);
@@ -339,6 +416,9 @@ char* shared_for_read(SharedArray& array, int line, int64_t index) {
 }
 char* shared_for_write(SharedArray& array, int line, int64_t index) {
   return active_block->access(array, line, index, Block::Access::write);
+}
+char* peer_shared_for_read(SharedArray& array, int line, int64_t index, int rank) {
+  return active_block->peer_access(array, line, index, rank);
 }
 char* shared_for_atomic_access(SharedArray& array, int line, int64_t index) {
   return active_block->access(array, line, index, Block::Access::atomic);

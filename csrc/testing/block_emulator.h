@@ -1,7 +1,7 @@
-// Runs CUDA kernels on the host, one block at a time, so that they can be tested where there is no GPU.
+// Runs CUDA kernels on the host, a block or a cluster of blocks at a time, so that they can be tested where there is no GPU.
 //
 // The threads of a block are fibers that one system thread runs in turn; a fiber goes on until it must wait for others: at a
-// block barrier, or at a warp's shuffle, vote or barrier. What would be undefined on a GPU is an error here, with the kernel,
+// block or cluster barrier, or at a warp's shuffle, vote or barrier. What would be undefined on a GPU is an error here, with the kernel,
 // the block, the thread and the line: barriers and shuffles that not all threads reach, shared memory out of bounds, read
 // before it was written, or touched by two threads without a barrier between them. Run it under the address and
 // undefined-behaviour sanitizers, which see the rest: the host's memory stands for the GPU's.
@@ -38,6 +38,7 @@ struct Launch {
   const char* kernel = "";
   Dim3 grid;
   Dim3 block;
+  unsigned cluster = 1;  // blocks of a cluster, next to each other along x
   size_t dynamic_shared_bytes = 0;
   uint64_t block_order_seed = 0;  // blocks run in an order drawn from it; 0: by number
 };
@@ -55,6 +56,11 @@ Dim3 grid_extent();
 // Waits for all threads of the block.
 void sync_threads(int line);
 
+// Of the cluster that the running thread's block is in.
+int cluster_size();
+int cluster_rank();
+void sync_cluster(int line);
+
 // Waits for the threads of `mask` in this warp; returns what each lane of it gave, by lane.
 enum class Exchange { shuffle, vote, barrier };
 const uint64_t* exchange(int line, unsigned mask, Exchange kind, uint64_t value);
@@ -66,6 +72,7 @@ SharedArray& shared_array(const void* declaration, int line, size_t elements, si
 SharedArray& dynamic_shared(int line, size_t element_bytes);
 char* shared_for_read(SharedArray& array, int line, int64_t index);
 char* shared_for_write(SharedArray& array, int line, int64_t index);
+char* peer_shared_for_read(SharedArray& array, int line, int64_t index, int rank);  // of another block of the cluster
 
 // An element of shared memory: reads and writes are seen.
 template <class T>
@@ -115,6 +122,11 @@ class Shared {
     return {*array_, line_, offset_ + static_cast<int64_t>(index)};
   }
   Shared operator+(int64_t elements) const { return {*array_, line_, offset_ + elements}; }
+  template <class Integer>
+  T of_peer(int rank, Integer index) const {
+    return *reinterpret_cast<const T*>(
+        peer_shared_for_read(*array_, line_, offset_ + static_cast<int64_t>(index), rank));
+  }
 
  private:
   SharedArray* array_;

@@ -10,7 +10,17 @@ from torch import Tensor
 
 from kdkernels.arguments import sparse_teacher
 from kdkernels.arguments.compositions import first_source, with_compositions
-from kdkernels.arguments.rows import CPU, REAL_DTYPES, Problem, active_rows, pair, per_token, side, temperature
+from kdkernels.arguments.rows import (
+    CPU,
+    INTEGER_DTYPES,
+    REAL_DTYPES,
+    Problem,
+    active_rows,
+    pair,
+    per_token,
+    side,
+    temperature,
+)
 from kdkernels.backends.rows import RowSpec
 from kdkernels.backends.sparse_rows import Policy
 from kdkernels.checks import check_choice, check_flag, check_real
@@ -233,7 +243,26 @@ def prepare_statistics(
     return active_rows(problem, mask, labels, ignore_index)
 
 
-def with_tolerance(problem: Problem, tolerance: float, rounding: str, generator: torch.Generator | None) -> Problem:
+def check_order(order: Tensor, problem: Problem) -> Tensor:
+    """An order of the vocabulary as int32 ``[V]``."""
+    if not isinstance(order, Tensor) or order.dtype not in INTEGER_DTYPES or order.shape != (problem.vocab,):
+        given = f"{order.dtype} {tuple(order.shape)}" if isinstance(order, Tensor) else type(order).__name__
+        raise TypeError(f"vocabulary_order must be an integer tensor of shape ({problem.vocab},), got {given}")
+    if order.device != problem.student.tensor.device:
+        raise ValueError(f"vocabulary_order is on {order.device}, the student on {problem.student.tensor.device}")
+    ids = torch.arange(problem.vocab, device=order.device)
+    if values_are_checked(order) and not torch.equal(order.long().sort()[0], ids):
+        raise ValueError(f"vocabulary_order must have each id in [0, {problem.vocab}) once")
+    return order.to(torch.int32).contiguous()
+
+
+def with_tolerance(
+    problem: Problem,
+    tolerance: float,
+    rounding: str,
+    generator: torch.Generator | None,
+    order: Tensor | None = None,
+) -> Problem:
     """Says what the logit gradients of LM heads may leave out."""
     eps = check_real("gradient_tolerance", tolerance)
     if not 0 <= eps < 1:
@@ -245,7 +274,11 @@ def with_tolerance(problem: Problem, tolerance: float, rounding: str, generator:
             raise TypeError(f"generator must be a torch.Generator on the CPU, got {given}")
         if not stochastic:
             raise ValueError(f"generator is for gradient_rounding='stochastic', not for {rounding!r}")
+    if order is not None:
+        order = check_order(order, problem)
     if eps == 0:
         return problem
     seed = torch.randint(1 << 62, (), generator=generator) if stochastic else None
-    return problem._replace(spec=problem.spec._replace(gradient_tolerance=eps, gradient_seed=seed))
+    return problem._replace(
+        spec=problem.spec._replace(gradient_tolerance=eps, gradient_seed=seed, vocabulary_order=order)
+    )

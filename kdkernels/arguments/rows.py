@@ -240,5 +240,5 @@ def active_rows(problem: Problem, mask: Tensor | None, labels: Tensor | None, ig
 
 
 def check_memory_budget(memory_budget: object) -> None:
-    if memory_budget is not None and check_integer("memory_budget", memory_budget) <= 0:
-        raise ValueError(f"memory_budget must be None or a positive number of bytes, got {memory_budget!r}")
+    if memory_budget is not None and check_integer("memory_budget", memory_budget) < 0:
+        raise ValueError(f"memory_budget must be None or a number of bytes, 0 or more, got {memory_budget!r}")

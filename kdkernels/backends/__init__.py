@@ -23,6 +23,8 @@ HAVE_TOTAL = ("cpu",)
 """The row backends with a ``divergence_total``."""
 HAVE_LISTS = ("cpu",)
 """The row backends whose fused functions take ``lists``, see ``gradient_entries``."""
+HAVE_LOGITS_FREE_HEADS = ("triton",)
+"""The row backends with a ``linear_divergence`` that never writes logits, where ``linear_divergence_applies``."""
 HAVE_RELATION = ("cpu",)
 """The row backends with a kernel for whole ``relations``, where ``relation_applies`` to them."""
 

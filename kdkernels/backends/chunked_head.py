@@ -4,7 +4,8 @@ The tokens are cut into chunks whose logits fit a memory budget. In linear_diver
 logits, the row kernel turns them into their gradient in place, two GEMMs carry it to the hidden states and the weight.
 Nothing of size tokens x vocabulary exists. The weight gradient is accumulated in float32 across chunks. Under a gradient
 tolerance the row kernel leaves lists of the large entries instead, which products of their own carry on, see
-``gradient_entries``.
+``gradient_entries``. Where the budget is too small for efficient products, a backend may have a linear_divergence of its own,
+which makes the logits on the chip and never writes them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels.backends import HAVE_LISTS, row_backend
+from kdkernels.backends import HAVE_LISTS, HAVE_LOGITS_FREE_HEADS, row_backend
 from kdkernels.backends.gradient_entries import EntryLists, ListProducts, report_lists
 from kdkernels.backends.rows import RowSpec, Side, Tempering, compute_dtype
 
@@ -59,18 +60,43 @@ def budget_of(side: Side, memory_budget: int | None) -> int:
     return DEFAULT_BUDGET.get(side.tensor.device.type, 1 << 30) if memory_budget is None else memory_budget
 
 
+def logits_bytes(sides: list[Side]) -> int:
+    """Of the temporary logits of a row."""
+    return sum(side.weight.shape[0] * side.tensor.element_size() for side in sides if side.weight is not None)
+
+
 def chunks(
     sides: list[Side], memory_budget: int | None, *, extra_row_bytes: int = 0, share: float = 1.0
 ) -> Iterator[slice]:
     """Equal runs of rows whose logits, and what else a row takes, fit a share of the budget, at least one row each."""
     rows = sides[0].tensor.shape[0]
     budget = int(share * budget_of(sides[0], memory_budget))
-    row_bytes = sum(side.weight.shape[0] * side.tensor.element_size() for side in sides if side.weight is not None)
-    row_bytes += extra_row_bytes
+    row_bytes = logits_bytes(sides) + extra_row_bytes
     fitting = max(1, budget // max(1, row_bytes))
     count = -(-rows // fitting)
     size = -(-rows // count) if count else 1
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+EFFICIENT_ROWS = 512
+"""Of a chunk: with fewer, making the logits twice on the chip is estimated to cost less than the traffic of every chunk.
+
+A chunk of n rows reads both weights and, for dH, the student's again, and its dW is rounded, read and added to float32 sums:
+some 18 bytes per weight entry, for 8 n operations. A GPU does about 300 operations of bfloat16 in the time it moves a byte
+(A100: 156, H100: 295, B200: 281, MI300X: 247), so that the traffic takes 18 * 300 / 8 n = 675 / n of the time of the four products.
+Without logits there are six products, in kernels that may reach 0.7 of the library's speed: about as much at n = 600. An
+estimate, to be replaced by a timing.
+"""
+
+
+def without_logits(student: Side, teacher: Side, spec: RowSpec, memory_budget: int | None, backend: str) -> bool:
+    """Whether a backend's ``linear_divergence`` is to be taken: it has one for this, and the budget is for few rows."""
+    if backend not in HAVE_LOGITS_FREE_HEADS:
+        return False
+    kernels, sides = row_backend(backend), [student, teacher]
+    fitting = budget_of(student, memory_budget) // max(1, logits_bytes(sides))
+    few = fitting < min(EFFICIENT_ROWS, max(1, student.tensor.shape[0]))
+    return few and bool(kernels.linear_divergence_applies(student, teacher, spec))
 
 
 class ListSettings(NamedTuple):
@@ -327,6 +353,9 @@ def divergence(
     student: Side, teacher: Side, spec: RowSpec, memory_budget: int | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     """``(divergence [N], cross_entropy [N] or [0])``."""
+    if without_logits(student, teacher, spec, memory_budget, backend):
+        none = Needs(False), Needs(False)
+        return row_backend(backend).linear_divergence(student, teacher, spec, None, None, none)[:2]  # type: ignore[no-any-return]
     index = active_index([student, teacher], spec)
     if index is not None:
         values = divergence(*pair_of_active(student, teacher, spec, index), memory_budget, backend)
@@ -353,6 +382,10 @@ def divergence_with_gradients(
     backend: str,
 ) -> tuple[Tensor, Tensor, SideGradients, SideGradients]:
     """The values, and the gradients of sum(grad_divergence * divergence + grad_cross_entropy * cross_entropy)."""
+    if without_logits(student, teacher, spec, memory_budget, backend):
+        return row_backend(backend).linear_divergence(  # type: ignore[no-any-return]
+            student, teacher, spec, grad_divergence, grad_cross_entropy, needs
+        )
     index = active_index([student, teacher], spec)
     if index is not None:
         divergence, cross_entropy, to_student, to_teacher = divergence_with_gradients(

@@ -156,9 +156,13 @@ class GradientReport:
     def add(self, lists: EntryLists, vocab: int) -> None:
         norm, error = lists.summaries[:, :2].unbind(1)
         relative = (error / torch.where(norm > 0, norm, 1.0)).sqrt()
-        self._error.append(relative)
         share = lists.counts.double() / vocab
-        self._density.append(torch.where(lists.counts < 0, 1.0, share))
+        self.note(relative, torch.where(lists.counts < 0, 1.0, share))
+
+    def note(self, relative_error: Tensor, density: Tensor) -> None:
+        """Adds some rows, float64 ``[n]`` each."""
+        self._error.append(relative_error)
+        self._density.append(density)
 
 
 def report_lists(lists: EntryLists, vocab: int) -> None:

@@ -58,6 +58,10 @@ is float64 if either side is, else float32.
 ``angle(student, teacher, corners) -> (losses [B], gradient [B, B], sums [B, B])``
     Not of rows but of points: see ``backends.angles``.
 
+``linear_divergence(student, teacher, spec, grad_divergence, grad_cross_entropy, needs) -> (values, cross_entropy, gradients x 2)``
+    Optional, for sides that ``linear_divergence_applies(student, teacher, spec)`` to, at least one of them a head: what
+    ``chunked_head.divergence_with_gradients`` returns, without logits in memory. ``grad_divergence=None``: values alone.
+
 ``relation(relations, tensors, scales, gradients, divergence, cross_entropy)``
     Optional, for ``relations`` that ``relation_applies`` to: see ``backends.cpu.relation``.
 
@@ -131,6 +135,9 @@ class RowSpec(NamedTuple):
     ``gradient_seed`` (int64, 0-d, on the CPU; given for stochastic rounding) say what a head's logit gradient may leave
     out, see ``gradient_entries``; ``first_row`` is the number of the first row among all rows, which that draws on.
 
+    ``vocabulary_order`` (int32 ``[V]``) says which entries of the vocabulary lie side by side where tiles of the gradient are
+    left out, see ``gradient_tiles``; None: as they are numbered.
+
     ``parameters`` ``[N]`` stand in the place of ``a``. Where ``targets`` (int64 ``[N]``, -1: none) are given, that column is
     left out of both softmaxes, N(p) and N(q); the value is ``rest_weight D(N(p), N(q)) + target_weight B`` with B the
     divergence ``KL`` of the two outcomes (target or not) of p from those of q, and both weights ``[N]`` or a number. The
@@ -159,6 +166,7 @@ class RowSpec(NamedTuple):
     rest_weights: Tensor | None = None
     student_composition: Composition | None = None
     teacher_composition: Composition | None = None
+    vocabulary_order: Tensor | None = None
 
     def take(self, index: slice | Tensor) -> RowSpec:
         """The specification of some of the rows."""

@@ -6,6 +6,7 @@ A contender is prepared once for a workload and its inputs; the call it then giv
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,15 +17,21 @@ from torch import Tensor
 from torch.nn import functional
 
 import kdkernels as kd
-from kdkernels.backends import row_backend, select
+from kdkernels.backends import NAMES, row_backend, select, serves
 from kdkernels.backends.chunked_head import chunks
 from kdkernels.backends.rows import RowSpec, Side, compute_dtype
-from kdkernels.benchmarking.plain import mean_divergence
-from kdkernels.benchmarking.workloads import Inputs, Operation, Workload
+from kdkernels.benchmarking.plain import (
+    mean_divergence,
+    mean_divergence_from_stored,
+    pair_distances,
+    sinkhorn_distances,
+    top_log_probs,
+)
+from kdkernels.benchmarking.workloads import EPSILON, ITERATIONS, TOP, Inputs, Operation, Workload
 from kdkernels.divergences import Kind
 from kdkernels.environment import package_version
 
-__all__ = ["CONTENDERS", "FLOORS", "LOSSES", "OURS", "Call", "Contender"]
+__all__ = ["CONTENDERS", "FLOORS", "LOSSES", "OURS", "Call", "Contender", "ours_on"]
 
 Call = Callable[[], tuple[Tensor, ...]]
 OURS = "kdkernels"
@@ -45,7 +52,7 @@ class Contender:
 
 
 def loss_and_gradients(loss: Callable[[], Tensor], workload: Workload, inputs: Inputs) -> Call:
-    if workload.operation is Operation.FORWARD:
+    if not workload.operation.differentiates:
 
         def forward() -> tuple[Tensor, ...]:
             with torch.no_grad():
@@ -63,14 +70,51 @@ def loss_and_gradients(loss: Callable[[], Tensor], workload: Workload, inputs: I
 # --- ours ---------------------------------------------------------------------------------------------------------------
 
 
-def prepare_ours(workload: Workload, inputs: Inputs) -> Call:
-    def loss() -> Tensor:
-        if inputs.student_weight is None or inputs.teacher_weight is None:
-            return kd.distillation_loss(inputs.student, inputs.teacher, workload.divergence)
-        student = kd.LMHead(inputs.student, inputs.student_weight)
-        return kd.distillation_loss(student, kd.LMHead(inputs.teacher, inputs.teacher_weight), workload.divergence)
+def prepare_ours(workload: Workload, inputs: Inputs, backend: str | None = None) -> Call:
+    student, teacher = inputs.student, inputs.teacher
 
-    return loss_and_gradients(loss, workload, inputs)
+    def divergence() -> Tensor:
+        source: kd.Logits | kd.LMHead | Tensor = student
+        target: kd.TopKLogits | kd.LMHead | Tensor = teacher
+        if inputs.student_weight is not None and inputs.teacher_weight is not None:
+            source, target = kd.LMHead(student, inputs.student_weight), kd.LMHead(teacher, inputs.teacher_weight)
+        elif inputs.ids is not None:
+            target = kd.TopKLogits(inputs.ids, teacher, vocab_size=workload.vocab)
+        return kd.distillation_loss(source, target, workload.divergence, backend=backend)
+
+    def top() -> Tensor:
+        return kd.topk_logits(student, min(TOP, workload.vocab), backend=backend).log_probs.mean()
+
+    def transport() -> Tensor:
+        # Eager PyTorch differentiates what it has computed, too.
+        options: dict[str, Any] = {"epsilon": EPSILON, "max_iterations": ITERATIONS, "gradient": "unrolled"}
+        return kd.sinkhorn(student, **options, backend=backend).distance.mean()
+
+    def pairs() -> Tensor:
+        return kd.pairwise_l1(student, teacher, backend=backend).mean()
+
+    losses = {Operation.TOPK: top, Operation.SINKHORN: transport, Operation.PAIRS: pairs}
+    return loss_and_gradients(losses.get(workload.operation, divergence), workload, inputs)
+
+
+def why_not_on(workload: Workload, backend: str) -> str:
+    served, reason = serves(backend, workload.operation.family)
+    if not served:
+        return reason
+    try:
+        select(backend, torch.device(workload.device).type)
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+def ours_on(backend: str) -> Contender:
+    """Ours on one backend, whichever is the best."""
+    return Contender(
+        f"{OURS} ({backend})",
+        functools.partial(prepare_ours, backend=backend),
+        functools.partial(why_not_on, backend=backend),
+    )
 
 
 def prepare_into_buffer(workload: Workload, inputs: Inputs) -> Call:
@@ -103,13 +147,27 @@ def why_not_into_buffer(workload: Workload) -> str:
 
 def plain_loss(workload: Workload) -> Callable[..., Tensor]:
     of_logits = mean_divergence(workload.divergence)
-    if workload.operation is not Operation.HEAD:
-        return of_logits
 
     def of_heads(student: Tensor, teacher: Tensor, student_weight: Tensor, teacher_weight: Tensor) -> Tensor:
         return of_logits(functional.linear(student, student_weight), functional.linear(teacher, teacher_weight))
 
-    return of_heads
+    def top(logits: Tensor, _: Tensor) -> Tensor:
+        return top_log_probs(logits, min(TOP, workload.vocab)).mean()
+
+    def transport(cost: Tensor, _: Tensor) -> Tensor:
+        return sinkhorn_distances(cost, EPSILON, ITERATIONS).mean()
+
+    def pairs(student: Tensor, teacher: Tensor) -> Tensor:
+        return pair_distances(student, teacher).mean()
+
+    losses: dict[Operation, Callable[..., Tensor]] = {
+        Operation.HEAD: of_heads,
+        Operation.STORED: mean_divergence_from_stored(workload.divergence),
+        Operation.TOPK: top,
+        Operation.SINKHORN: transport,
+        Operation.PAIRS: pairs,
+    }
+    return losses.get(workload.operation, of_logits)
 
 
 def given(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -124,6 +182,10 @@ def prepare_eager(workload: Workload, inputs: Inputs) -> Call:
 def prepare_compiled(workload: Workload, inputs: Inputs) -> Call:
     loss = torch.compile(plain_loss(workload), fullgraph=True, dynamic=False)
     return loss_and_gradients(lambda: loss(*given(inputs)), workload, inputs)
+
+
+def why_not_compiled(workload: Workload) -> str:
+    return "compiling the unrolled loop takes minutes" if workload.operation is Operation.SINKHORN else ""
 
 
 # --- Liger-Kernel -------------------------------------------------------------------------------------------------------
@@ -150,6 +212,8 @@ def why_not_liger_triton(workload: Workload) -> str:
         return "liger-kernel is not installed"
     if torch.device(workload.device).type == "cpu":
         return "its kernels are written in Triton, which does not run on the CPU"
+    if workload.operation not in {Operation.DENSE, Operation.FORWARD, Operation.HEAD}:
+        return "it has no such operation"
     kind = workload.divergence.form.kind
     if liger_beta(workload) is None and not (kind == Kind.TVD and workload.operation is not Operation.HEAD):
         return f"it has no {workload.divergence!r} for these inputs"
@@ -250,7 +314,7 @@ def prepare_whole_gemms(workload: Workload, inputs: Inputs) -> Call:
 LOSSES = (
     Contender(OURS, prepare_ours),
     Contender("eager", prepare_eager),
-    Contender("torch.compile", prepare_compiled, compiles=True),
+    Contender("torch.compile", prepare_compiled, why_not_compiled, compiles=True),
     Contender("Liger (Triton)", prepare_liger_triton, why_not_liger_triton),
     Contender("Liger (chunked)", prepare_liger_chunked, why_not_liger_chunked, compiles=True),
 )
@@ -264,4 +328,4 @@ FLOORS = (
 )
 """What ours is held against besides."""
 
-CONTENDERS = {contender.name: contender for contender in (*LOSSES, *FLOORS)}
+CONTENDERS = {contender.name: contender for contender in (*LOSSES, *map(ours_on, NAMES), *FLOORS)}

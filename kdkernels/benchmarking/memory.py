@@ -70,25 +70,24 @@ def resident_bytes(field: str) -> int:
 
 def measure(workload: Workload, contender: str) -> int:
     prepare, compiles = CONTENDERS[contender].prepare, CONTENDERS[contender].compiles
-    cuda = torch.device(workload.device).type == "cuda"
     # A tiny call loads what is loaded once: libraries, thread pools, kernels.
     tiny = dataclasses.replace(workload, tokens=2, vocab=128, hidden=16, teacher_hidden=16)
     prepare(tiny, tiny.inputs())()
     call = prepare(workload, workload.inputs())
     if compiles:  # for these very shapes, which is not part of the cost
         call()
-    return peak_of_call(call, cuda)
+    return peak_of_call(call, workload.device)
 
 
-def peak_of_call(call: Callable[[], object], cuda: bool = False) -> int:
+def peak_of_call(call: Callable[[], object], device: str = "cpu") -> int:
     """The peak above the state before the call, in this process, which should have done nothing else."""
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         kept = call()
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device)
     else:
         # What the allocator keeps of the preparations goes back, and Linux forgets their peak. Where the first is not known
         # (another C library) or the second not allowed, the answer is a bound: from below or from above.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-__all__ = ["Result", "format_bytes", "format_seconds", "markdown", "table", "write_csv"]
+__all__ = ["Result", "format_bytes", "format_ratio", "format_seconds", "markdown", "table", "write_csv"]
 
 
 @dataclass(frozen=True)

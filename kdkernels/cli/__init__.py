@@ -1,4 +1,4 @@
-"""The command ``kdkernels``: info, check, bench; cache, inspect, verify; losses."""
+"""The command ``kdkernels``: info, check, bench, tune, validate-gpu; cache, inspect, verify; losses."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from kdkernels.cli.check import run_check
 from kdkernels.cli.info import show_info
 from kdkernels.cli.inspect import show_store
 from kdkernels.cli.losses import show_losses
+from kdkernels.cli.tune import run_tune
+from kdkernels.cli.validate_gpu import run_validate_gpu
 from kdkernels.cli.verify import run_verify
 from kdkernels.environment import package_version
 
@@ -28,6 +30,8 @@ app = typer.Typer(
 app.command("info")(show_info)
 app.command("check")(run_check)
 app.command("bench")(run_bench)
+app.command("tune")(run_tune)
+app.command("validate-gpu")(run_validate_gpu)
 app.command("cache")(run_cache)
 app.command("inspect")(show_store)
 app.command("verify")(run_verify)

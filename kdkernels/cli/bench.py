@@ -13,9 +13,9 @@ import torch
 import typer
 
 from kdkernels import environment
-from kdkernels.backends import select
+from kdkernels.backends import NAMES, select
 from kdkernels.benchmarking import figures
-from kdkernels.benchmarking.contenders import LOSSES, OURS, Call, Contender
+from kdkernels.benchmarking.contenders import LOSSES, OURS, Call, Contender, ours_on
 from kdkernels.benchmarking.memory import peak_extra_bytes
 from kdkernels.benchmarking.results import Result, grouped, table, write_csv
 from kdkernels.benchmarking.timing import median_ratio, side_by_side
@@ -36,6 +36,8 @@ class ModelName(str, enum.Enum):
 AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """How far the loss of a contender may be from ours, relatively, to count as the same loss."""
 
+DEFAULT_OPERATIONS = (Operation.DENSE, Operation.FORWARD, Operation.HEAD)
+
 SIZES = "; ".join(
     f"{name}: {model.checkpoint}, V = {model.vocab:,}, H = {model.hidden:,}" for name, model in MODELS.items()
 )
@@ -55,7 +57,15 @@ def run_bench(
     divergence: Annotated[DivergenceName, typer.Option(help="Which divergence.")] = DivergenceName.FORWARD_KL,
     operation: Annotated[
         list[Operation] | None,
-        typer.Option(help="dense: of logits, with gradient; forward: without; head: of LM heads. May be repeated."),
+        typer.Option(
+            help="A divergence: dense, of logits, with gradient; forward, without; head, of LM heads; stored, from a stored "
+            "top 64. Or topk; sinkhorn, of sequences of 128 tokens; pairs, L1 distances in sequences of 64. May be repeated.",
+            show_default="dense, forward, head",
+        ),
+    ] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Ours on it. May be repeated. {', '.join(NAMES)}.", show_default="the best"),
     ] = None,
     contender: Annotated[
         list[str] | None,
@@ -69,7 +79,8 @@ def run_bench(
     """Measure ours beside the others: time (median of alternated runs), its ratio to ours, peak of extra memory.
 
     Everyone computes the same loss, averaged over the tokens, on the same random inputs: the loss is compared before the
-    clock starts. Gradients go to the student's logits, or to its hidden states and weight; the teacher is frozen.
+    clock starts. Gradients go to the student's logits, or to its hidden states and weight; the teacher is frozen. A GPU
+    keeps the time itself, from a call's first kernel to its last, its cache emptied beforehand.
     """
     device = check_device(device)
     sizes = MODELS[model.value]
@@ -78,7 +89,11 @@ def run_bench(
     for name in contender or []:
         if name not in known:
             fail(f"--contender {name!r}: must be one of {', '.join(map(repr, known))}")
-    chosen = [one for one in LOSSES if one.name == OURS or one.name in (contender or known)]
+    for name in backend or []:
+        if name not in NAMES:
+            fail(f"--backend {name!r}: must be one of {', '.join(map(repr, NAMES))}")
+    ours = [ours_on(name) for name in backend] if backend else LOSSES[:1]
+    chosen = [*ours, *(one for one in LOSSES[1:] if one.name in (contender or known))]
     workloads = [
         Workload(
             one,
@@ -90,7 +105,7 @@ def run_bench(
             dtype.torch,
             device,
         )
-        for one in operation or list(Operation)
+        for one in operation or DEFAULT_OPERATIONS
     ]
     results: list[Result] = []
     with progress(counted=False) as bar:
@@ -109,9 +124,8 @@ def run_bench(
     machine = environment.machine(device)
     write_csv(out / "bench.csv", results, machine)
     output = console()
-    output.print(
-        f"{machine}; ours runs on the {select(None, torch.device(device).type)} backend", soft_wrap=True, markup=False
-    )
+    best = "" if backend else f"; ours runs on the {select(None, torch.device(device).type)} backend"
+    output.print(f"{machine}{best}", soft_wrap=True, markup=False)
     for title, group in grouped(results).items():
         output.print(f"\n{title}", style="bold", soft_wrap=True, markup=False)
         output.print(table([result for result in group if result.seconds is not None]))
@@ -125,7 +139,7 @@ def run_bench(
     except ImportError:
         output.print(f"no bench.png: {figures.MISSING}", soft_wrap=True, markup=False)
     output.print(f"written: {', '.join(str(out / name) for name in written)}", soft_wrap=True, markup=False)
-    if any(result.contender == OURS and result.seconds is None for result in results):
+    if any(result.contender.startswith(OURS) and result.seconds is None for result in results):
         raise typer.Exit(1)
 
 
@@ -147,8 +161,9 @@ def measure(
         advance=lambda done: advance(0.2 + time_share * done, "timing"),
     )
     del calls, inputs  # what memory is measured of needs the room
-    gc.collect()
+    give_back_memory()
     results = []
+    first = contenders[0].name
     for index, contender in enumerate(contenders):
         name = contender.name
         found = Result(
@@ -170,7 +185,7 @@ def measure(
                 workload.title,
                 name,
                 statistics.median(samples[name]),
-                median_ratio(samples[name], samples[OURS]) if OURS in samples else None,
+                median_ratio(samples[name], samples[first]) if first in samples else None,
                 len(samples[name]),
                 peak,
                 workload.gradient_bytes,
@@ -180,6 +195,12 @@ def measure(
         results.append(found)
     advance(1.0, "done")
     return results
+
+
+def give_back_memory() -> None:
+    """To the device too: other processes cannot have what PyTorch's allocator keeps for itself."""
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing, where there is no GPU
 
 
 def prepare(
@@ -201,6 +222,8 @@ def prepare(
             reasons[contender.name] = (
                 f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
             )
+            del error
+            give_back_memory()
             continue
         ours = loss if ours is None else ours
         if abs(loss - ours) > AGREEMENT[workload.dtype] * abs(ours):

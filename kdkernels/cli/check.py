@@ -12,7 +12,18 @@ from rich.table import Table
 from kdkernels import environment
 from kdkernels.cli.choices import DIVERGENCES, DivergenceName, Dtype, check_device
 from kdkernels.cli.terminal import console, fail, progress
-from kdkernels.validation.comparison import DTYPES, KERNELS, Finding, Plan, Target, make_plan, servers, validate
+from kdkernels.validation.comparison import (
+    DTYPES,
+    FAMILIES,
+    KERNELS,
+    Finding,
+    Plan,
+    Target,
+    make_plan,
+    servers,
+    unserved,
+    validate,
+)
 
 __all__ = ["run_check"]
 
@@ -22,11 +33,16 @@ Report = list[tuple[Target, list[Finding]]]
 def run_check(
     backend: Annotated[
         str | None,
-        typer.Option(help="Check only this backend: cpu or triton.", show_default="all that serve the device"),
+        typer.Option(
+            help=f"Check only this backend: {' or '.join(KERNELS)}.", show_default="all that serve the device"
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda (also for ROCm).", show_default="cuda if there is one")] = "",
     divergence: Annotated[
         list[DivergenceName] | None, typer.Option(help="May be repeated.", show_default="all")
+    ] = None,
+    operation: Annotated[
+        list[str] | None, typer.Option(help=f"May be repeated. {', '.join(FAMILIES)}.", show_default="all")
     ] = None,
     dtype: Annotated[list[Dtype] | None, typer.Option(help="May be repeated.", show_default="all")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller vocabularies.")] = False,
@@ -37,18 +53,26 @@ def run_check(
     The verdict: an error no larger than that of plain PyTorch in the same dtype, plus a small tolerance. Errors are relative
     to the size of what is computed, the gradient for instance: a gradient of zeros has the error 1.
 
-    In Triton's interpreter (TRITON_INTERPRET=1) everything takes minutes; --divergence and --dtype leave out the rest.
+    In Triton's interpreter (TRITON_INTERPRET=1) everything takes minutes; --operation, --divergence and --dtype leave out the rest.
     """
     found = environment.describe()["devices"]
     device = check_device(device or ("cuda" if len(found) > 1 else "cpu"))
     if backend is not None and backend not in KERNELS:
         fail(f"--backend {backend}: must be one of {', '.join(KERNELS)}; the reference is what they are held against")
+    operations = operation or list(FAMILIES)
+    for name in operations:
+        if name not in FAMILIES:
+            fail(f"--operation {name}: must be one of {', '.join(FAMILIES)}")
     names, reasons = servers(device.partition(":")[0], backend)
     if not names:
         fail(f"no kernels to check on {device}:\n" + "\n".join(f"  {name}: {why}" for name, why in reasons.items()))
+    reasons |= unserved(names, operations)
     divergences = [DIVERGENCES[one.value] for one in divergence or DivergenceName]
     dtypes = [one.torch for one in dtype] if dtype else DTYPES
-    report = run(make_plan(names, divergences, dtypes, quick), device)
+    plan = make_plan(names, divergences, dtypes, quick, operations)
+    if not plan:
+        fail("nothing to check:\n" + "\n".join(f"  {name}: {why}" for name, why in reasons.items()))
+    report = run(plan, device)
     failures = [(target, finding) for target, findings in report for finding in findings if not finding.passed]
     if as_json:
         answer = {

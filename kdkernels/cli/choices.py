@@ -7,6 +7,7 @@ import enum
 import torch
 
 import kdkernels as kd
+from kdkernels.backends.devices import why_no_gpu
 from kdkernels.cli.terminal import fail
 from kdkernels.divergences import Divergence
 
@@ -72,5 +73,7 @@ def check_device(device: str) -> str:
     if kind not in {"cpu", "cuda"}:
         fail(f"--device {device}: only cpu and cuda (which is also what PyTorch calls ROCm) are supported")
     if kind == "cuda" and not torch.cuda.is_available():
-        fail(f"--device {device}: PyTorch {torch.__version__} finds no CUDA or ROCm device here")
+        fail(f"--device {device}: {why_no_gpu()}")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        fail(f"--device {device}: there are only {torch.cuda.device_count()} CUDA or ROCm devices here")
     return device

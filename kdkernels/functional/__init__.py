@@ -14,6 +14,7 @@ from kdkernels.functional.sorted_l1 import sorted_l1
 from kdkernels.functional.token_log_probs import token_log_probs, token_set_log_probs
 from kdkernels.functional.token_statistics import token_statistics
 from kdkernels.functional.topk import sample_logits, topk_logits
+from kdkernels.functional.vocabulary_order import vocabulary_order
 
 __all__ = [
     "angle_loss",
@@ -36,4 +37,5 @@ __all__ = [
     "token_statistics",
     "topk_logits",
     "unpack",
+    "vocabulary_order",
 ]

@@ -41,6 +41,7 @@ def distillation_loss(
     gradient_tolerance: float = 0.0,
     gradient_rounding: str = "nearest",
     generator: torch.Generator | None = None,
+    vocabulary_order: Tensor | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -70,17 +71,23 @@ def distillation_loss(
         temperature_squared: multiplies the divergence by ``temperature ** 2``, which keeps its gradient's size (Hinton et
             al. 2015); never done unasked.
         vocab_size: use only the first so many entries of either vocabulary, for padded heads.
-        memory_budget: bytes for the temporary logits of LMHead sources; None: 128 MiB on the CPU, 1 GiB on a GPU.
+        memory_budget: bytes for the temporary logits of LMHead sources; None: 128 MiB on the CPU, 1 GiB on a GPU. Where it
+            holds fewer than 512 tokens (and not all of them), the triton backend takes kernels that make the logits on the
+            chip and never write them, which costs 6 matrix products instead of 4 (8 for divergences of mixtures; not timed
+            on a GPU): so 0 there means no logits at all, but for float64, ``kd.Decoupled`` and ``kd.LogitMixture``. Else,
+            and on the other backends, a budget that is too small, 0 too, means one token at a time.
         gradient_tolerance: how much of its L2 norm each token's gradient to the logits of an ``LMHead`` may lose, which
             spares most of the backward's matrix products: 1e-3 costs about what rounding the gradient to bfloat16 does. A
-            permission: the CPU backend makes use of it, in float32, bfloat16 and float16. ``kd.GradientReport`` tells
-            what was lost. 0: exact.
+            permission: the CPU backend makes use of it, in float32, bfloat16 and float16, and the triton backend where
+            ``memory_budget`` makes it work without logits, by tiles. ``kd.GradientReport`` tells what was lost. 0: exact.
         gradient_rounding: "nearest" replaces the smallest entries by their mean. "stochastic" rounds small entries at random
             to 0 or up, so that the expected gradient is exact; the tolerance then bounds the root of the expected squared
-            error.
+            error. On the triton backend the gradient is exact then.
         generator: of the random numbers, on the CPU; None: torch's own.
+        vocabulary_order: integer ``[V]``, each id once, likely ones together, see ``kd.vocabulary_order``. It says which ids
+            are neighbours in the tiles that the triton backend may leave out under a tolerance; it changes nothing else.
         process_group: only None, an unsharded vocabulary.
-        backend: "reference", "cpu" or "triton"; None takes the best available, and in ``torch.func`` transformations and
+        backend: "reference", "cpu", "triton" or "cuda"; None takes the best available, and in ``torch.func`` transformations and
             forward-mode differentiation the reference.
 
     Sparse teachers. Of a truncated teacher, ``kd.TopKLogits`` or ``kd.PackedLogits`` for tokens ``[...]``, the named ids
@@ -128,7 +135,7 @@ def distillation_loss(
         temperature_squared=temperature_squared,
         vocab_size=vocab_size,
     )
-    problem = arguments.with_tolerance(problem, gradient_tolerance, gradient_rounding, generator)
+    problem = arguments.with_tolerance(problem, gradient_tolerance, gradient_rounding, generator, vocabulary_order)
     device = problem.student.tensor.device.type
     backend = backend_for(backend, device, "divergence" if problem.sparse is None else "sparse_divergence")
     if backend == "reference":

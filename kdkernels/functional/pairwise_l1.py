@@ -40,7 +40,7 @@ def pairwise_l1(
         vocab_size: use only the first so many entries of either vocabulary, for padded heads.
         memory_budget: bytes for the temporary logits of LMHead sources, which are made for a part of the vocabulary at a
             time; None: 128 MiB on the CPU, 1 GiB on a GPU.
-        backend: "reference", "cpu" or "triton"; None takes the best available, and in ``torch.func`` transformations and
+        backend: "reference", "cpu", "triton" or "cuda"; None takes the best available, and in ``torch.func`` transformations and
             forward-mode differentiation the reference.
 
     Returns:

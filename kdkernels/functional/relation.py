@@ -64,7 +64,7 @@ def relation_loss(
         reduction: "none" gives ``[..., n]``, "sum" the weighted sum, "mean" divides it by the sum of the weights of the
             rows that count (0 if there are none). A row without any column does not count.
         memory_budget: bytes for the scores of a chunk; None: at most 2 MiB per thread on the CPU, 1 GiB on a GPU.
-        backend: "reference", "cpu" or "triton"; None takes the best available, and in ``torch.func`` transformations and
+        backend: "reference", "cpu", "triton" or "cuda"; None takes the best available, and in ``torch.func`` transformations and
             forward-mode differentiation the reference.
 
     Returns:

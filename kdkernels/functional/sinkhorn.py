@@ -65,7 +65,7 @@ def sinkhorn(
         epsilon_start: iteration k works with ``max(epsilon, epsilon_start * epsilon_decay**k)``; None: always with epsilon.
         epsilon_decay: between 0 and 1.
         warm_start: an earlier result or potentials ``(f, g)`` of the same shape to start from; f follows from g. Detached.
-        backend: "reference", "cpu" or "triton"; None takes the best available.
+        backend: "reference", "cpu", "triton" or "cuda"; None takes the best available.
 
     Returns:
         ``SinkhornResult``. A row or column of mass 0 whose pairs are all forbidden has the potential 0. With a tolerance that

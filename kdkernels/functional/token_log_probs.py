@@ -40,7 +40,7 @@ def token_log_probs(
         mask: bool ``[...]``, True where a token counts. What stands elsewhere has no influence, even NaN.
         vocab_size: use only the first so many entries of the vocabulary, for padded heads.
         memory_budget: bytes for the temporary logits of an LMHead; None: 128 MiB on the CPU, 1 GiB on a GPU.
-        backend: "reference", "cpu" or "triton"; None takes the best available.
+        backend: "reference", "cpu", "triton" or "cuda"; None takes the best available.
 
     Returns:
         ``[...]``, 0 where a token does not count; float32, or float64 if the source is.

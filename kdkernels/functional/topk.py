@@ -38,7 +38,7 @@ def topk_logits(
         temperature: positive number that divides the logits.
         vocab_size: use only the first so many entries of the vocabulary, for padded heads.
         memory_budget: bytes for the temporary logits of an LMHead; None: 128 MiB on the CPU, 1 GiB on a GPU.
-        backend: "reference", "cpu" or "triton"; None takes the best available.
+        backend: "reference", "cpu", "triton" or "cuda"; None takes the best available.
 
     Returns:
         ``TopKLogits`` with ``ids`` int64 ``[..., k]`` in the order of falling logits, equal ones by rising id;

@@ -52,7 +52,7 @@ def pack_spec(spec: RowSpec) -> tuple[Any, ...]:
     more: list[Tensor | None] = []
     if spec[MORE:] != PLAIN:
         numbers += [spec.target_weight, spec.rest_weight]
-        more = [spec.parameters, spec.targets, spec.target_weights, spec.rest_weights]
+        more = [spec.parameters, spec.targets, spec.target_weights, spec.rest_weights, spec.vocabulary_order]
         for composition in (spec.student_composition, spec.teacher_composition):
             numbers.append(-1.0 if composition is None else float(len(composition.others)))
             if composition is None:
@@ -92,8 +92,8 @@ def unpack_spec(packed: Sequence[Any]) -> RowSpec:
 def with_more(spec: RowSpec, numbers: Sequence[float], more: Sequence[Tensor | None]) -> RowSpec:
     """The rest of the specification."""
     (target_weight, rest_weight), left = numbers[:2], iter(numbers[2:])
-    parameters, targets, target_weights, rest_weights = more[:4]
-    tensors = iter(more[4:])
+    parameters, targets, target_weights, rest_weights, vocabulary_order = more[:5]
+    tensors = iter(more[5:])
     compositions: list[Composition | None] = []
     for _ in range(2):
         count = int(next(left))
@@ -112,6 +112,7 @@ def with_more(spec: RowSpec, numbers: Sequence[float], more: Sequence[Tensor | N
         rest_weights=rest_weights,
         student_composition=compositions[0],
         teacher_composition=compositions[1],
+        vocabulary_order=vocabulary_order,
     )
 
 

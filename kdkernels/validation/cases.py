@@ -79,6 +79,8 @@ class Case:
     softcap: float | None = None
     logit_scale: float | None = None
     many_chunks: bool = False
+    no_logits: bool = False
+    """The memory budget is 0: where a backend has kernels that never write the logits of heads, it takes them."""
 
     @property
     def pickable(self) -> bool:
@@ -261,4 +263,5 @@ def head_cases(vocabularies: Sequence[int], odd: int) -> list[Case]:
         Case("softcap, labels", odd, softcap=5.0, labels=True),
         Case("masked tokens holding NaN, weights", odd, masked_rows=True, per_token=True),
         Case("one token per chunk", odd, many_chunks=True, bias=True, labels=True),
+        Case("no logits in memory", odd, no_logits=True, bias=True, masked_rows=True, labels=True),
     ]

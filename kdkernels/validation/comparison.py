@@ -8,7 +8,7 @@ error is at most that of the reference in the inputs' own dtype, plus the tolera
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels.backends import NAMES, row_backend
+from kdkernels.arguments.records import pack_rows, unpack_rows
+from kdkernels.backends import NAMES, row_backend, serves
 from kdkernels.divergences import Divergence
-from kdkernels.validation.cases import TINY_BUDGET, TOP, Case, Inputs, head_cases, logit_cases
+from kdkernels.reference import records as record_reference
+from kdkernels.validation.cases import IGNORE_INDEX, TINY_BUDGET, TOP, Case, Inputs, head_cases, logit_cases
+from kdkernels.validation.samples import AngleCase, RelationCase, angle_cases, relation_cases
 from kdkernels.validation.transport import TransportCase, transport_cases
 
-__all__ = ["DTYPES", "KERNELS", "Finding", "Plan", "Target", "make_plan", "servers", "validate"]
+__all__ = ["DTYPES", "FAMILIES", "KERNELS", "Finding", "Plan", "Target", "make_plan", "servers", "unserved", "validate"]
 
 TOLERANCES = {
     torch.float64: 1e-12,
@@ -31,9 +34,38 @@ TOLERANCES = {
 }
 DTYPES = tuple(TOLERANCES)
 
-LENIENCE = {"linear_divergence": 4, "pairwise_l1 of heads": 4, "sinkhorn": 4}
-"""Factors on the tolerance: for LM heads, because the order of their matrix products' sums, and what is rounded between, is
-free; for transport, because rounding goes through many iterations."""
+LENIENCE = {
+    "linear_divergence": 4,
+    "pairwise_l1 of heads": 4,
+    "sinkhorn": 4,
+    "relation_loss": 4,
+    "angle_loss": 4,
+}
+"""Factors on the tolerance: for LM heads, relations and angles, because the order of their matrix products' sums, and what is
+rounded between, is free; for transport, because rounding goes through many iterations."""
+
+FAMILIES = {
+    "divergence": "divergence",
+    "linear_divergence": "linear_divergence",
+    "sparse_divergence": "sparse_divergence",
+    "mixture": "compositions",
+    "token_statistics": "token_statistics",
+    "topk_logits": "topk",
+    "sample_logits": "topk",
+    "records": "records",
+    "token_log_probs": "sparse_divergence",
+    "token_set_log_probs": "token_set",
+    "pairwise_l1": "pairwise_l1",
+    "pairwise_l1 of heads": "pairwise_l1",
+    "sorted_l1": "sorted_l1",
+    "plackett_luce": "ranking",
+    "bernoulli_loss": "bernoulli",
+    "head_mass": "head_mass",
+    "relation_loss": "relation",
+    "angle_loss": "angle",
+    "sinkhorn": "sinkhorn",
+}
+"""The operations that are checked, in the order of the report, and the kernel family that a backend must serve for each."""
 
 HEAD_OPERATIONS = ("linear_divergence", "pairwise_l1 of heads")
 
@@ -49,6 +81,8 @@ ODD_VOCABULARY, WIDE_VOCABULARY = 127, 1031
 """No multiples of anything that kernels work in."""
 
 Answers = dict[str, Tensor]
+OwnCase = TransportCase | RelationCase | AngleCase
+"""Cases of functions that are not of logits; they know what to call."""
 
 
 class Finding(NamedTuple):
@@ -71,7 +105,7 @@ class Target:
     divergence: Divergence | None
     backend: str
     dtype: torch.dtype
-    cases: tuple[Case, ...] | tuple[TransportCase, ...]
+    cases: tuple[Case | OwnCase, ...]
 
     @property
     def tolerance(self) -> float:
@@ -94,42 +128,75 @@ def servers(device: str, wanted: str | None) -> tuple[list[str], dict[str, str]]
     return able, unable
 
 
+def unserved(names: Sequence[str], operations: Collection[str] = tuple(FAMILIES)) -> dict[str, str]:
+    """Those of the operations that some of these backends have no kernels for, and the reasons."""
+    refusals = {}
+    for name in names:
+        for operation in operations:
+            served, reason = serves(name, FAMILIES[operation])
+            if not served:
+                refusals[f"{operation} by {name}"] = reason
+    return refusals
+
+
 def make_plan(
-    names: Sequence[str], divergences: Sequence[Divergence], dtypes: Sequence[torch.dtype], quick: bool
+    names: Sequence[str],
+    divergences: Sequence[Divergence],
+    dtypes: Sequence[torch.dtype],
+    quick: bool,
+    operations: Collection[str] = tuple(FAMILIES),
 ) -> Plan:
     vocabularies = FEWER_VOCABULARIES if quick else VOCABULARIES
     logits = tuple(logit_cases(vocabularies, ODD_VOCABULARY, WIDE_VOCABULARY))
     heads = tuple(head_cases(vocabularies[:-1], ODD_VOCABULARY))
-    plan = []
+    pickable = tuple(case for case in logits if case.pickable)
+    truncatable = tuple(case for case in logits if not case.decoupled)
+    # Each awkwardness of labels is one of divergences; here a label is an id like others.
+    unlabelled = tuple(case for case in logits if not case.labels)
+    cases: dict[str, tuple[Case | OwnCase, ...]] = dict.fromkeys(FAMILIES, logits) | {
+        "linear_divergence": heads,
+        "sparse_divergence": truncatable,
+        "topk_logits": pickable,
+        "sample_logits": pickable,
+        "records": pickable,
+        "token_log_probs": unlabelled,
+        "token_set_log_probs": unlabelled,
+        "pairwise_l1": tuple(case for case in logits if case.pairable),
+        "pairwise_l1 of heads": tuple(case for case in heads if case.pairable),
+        "head_mass": unlabelled,
+        "relation_loss": relation_cases(),
+        "angle_loss": angle_cases(),
+        "sinkhorn": transport_cases(),
+    }
+    # Elsewhere the first and the last: the row kernels are the same, or the same formulas.
+    some = divergences[:: max(1, len(divergences) - 1)]
+    of_divergences: dict[str, Sequence[Divergence | None]] = {
+        "divergence": divergences,
+        "linear_divergence": some,
+        "sparse_divergence": some,
+        "mixture": some,
+    }
+    plan: Plan = []
     for name in names:
-        for divergence in divergences:
-            plan += [Target("divergence", divergence, name, dtype, logits) for dtype in dtypes]
-        # The first and the last: the row kernels are the same, or the same formulas.
-        some = divergences[:: max(1, len(divergences) - 1)]
-        truncatable = tuple(case for case in logits if not case.decoupled)
-        for operation, cases in (("linear_divergence", heads), ("sparse_divergence", truncatable), ("mixture", logits)):
-            plan += [Target(operation, divergence, name, dtype, cases) for divergence in some for dtype in dtypes]
-        plan += [Target("token_statistics", None, name, dtype, logits) for dtype in dtypes]
-        pickable = tuple(case for case in logits if case.pickable)
-        plan += [Target("topk_logits", None, name, dtype, pickable) for dtype in dtypes]
-        pairable = tuple(case for case in logits if case.pairable)
-        pairable_heads = tuple(case for case in heads if case.pairable)
-        for operation, cases in (("pairwise_l1", pairable), ("pairwise_l1 of heads", pairable_heads)):
-            plan += [Target(operation, None, name, dtype, cases) for dtype in dtypes]
-        plan += [Target("sorted_l1", None, name, dtype, logits) for dtype in dtypes]
-        plan += [Target("plackett_luce", None, name, dtype, logits) for dtype in dtypes]
-        # Where sigmoids saturate, their difference is nothing but rounding in the truth as well: float64 has no better one.
-        below = [dtype for dtype in dtypes if dtype != torch.float64]
-        plan += [Target("bernoulli_loss", None, name, dtype, logits) for dtype in below]
-        plan += [Target("sinkhorn", None, name, dtype, transport_cases()) for dtype in dtypes]
+        for operation, family in FAMILIES.items():
+            if operation not in operations or not serves(name, family)[0]:
+                continue
+            # Where sigmoids saturate, their difference is nothing but rounding in the truth as well: float64 has no better
+            # one.
+            exact = [dtype for dtype in dtypes if operation != "bernoulli_loss" or dtype != torch.float64]
+            plan += [
+                Target(operation, divergence, name, dtype, cases[operation])
+                for divergence in of_divergences.get(operation, [None])
+                for dtype in exact
+            ]
     return plan
 
 
 def validate(target: Target, device: str) -> Iterator[Finding]:
     """One finding per case."""
     for case in target.cases:
-        if isinstance(case, TransportCase):
-            yield validate_transport(case, target, device)
+        if not isinstance(case, Case):
+            yield validate_own(case, target, device)
             continue
         if case.teacher_dtype == target.dtype:
             continue
@@ -142,6 +209,8 @@ def validate(target: Target, device: str) -> Iterator[Finding]:
         arguments: dict[str, Any] = {"backend": target.backend}
         if case.many_chunks:
             arguments["memory_budget"] = TINY_BUDGET
+        elif case.no_logits:
+            arguments["memory_budget"] = 0
         with one_thread():
             truth = answers(kd.reference, as_double(inputs), target, {})
             plain = answers(kd.reference, inputs, target, {})
@@ -154,7 +223,7 @@ def validate(target: Target, device: str) -> Iterator[Finding]:
                 yield worst(case, ours, plain, truth, target.tolerance)
 
 
-def validate_transport(case: TransportCase, target: Target, device: str) -> Finding:
+def validate_own(case: OwnCase, target: Target, device: str) -> Finding:
     with one_thread():
         truth = case.answers(kd.reference, target.dtype, device, {}, double=True)
         plain = case.answers(kd.reference, target.dtype, device, {})
@@ -182,19 +251,9 @@ def as_double(inputs: Inputs) -> Inputs:
 
 def answers(library: Any, inputs: Inputs, target: Target, arguments: dict[str, Any]) -> Answers:
     """What kdkernels or its reference computes."""
-    if target.operation == "topk_logits":
-        return topk_answers(library, inputs, arguments)
-    if target.operation.startswith("pairwise_l1"):
-        return pair_answers(library, inputs, arguments)
-    if target.operation == "sorted_l1":
-        return sorted_l1_answers(library, inputs, arguments)
-    if target.operation == "bernoulli_loss":
-        return bernoulli_answers(library, inputs, arguments)
-    if target.operation == "plackett_luce":
-        return ranking_answers(library, inputs, arguments)
-    if target.divergence is None:
-        return statistics_answers(library, inputs, arguments)
-    return loss_answers(library, inputs, inputs.adapted(target.divergence), arguments)
+    if target.divergence is not None:
+        return loss_answers(library, inputs, inputs.adapted(target.divergence), arguments)
+    return ANSWERS[target.operation](library, inputs, arguments)
 
 
 def loss_answers(library: Any, inputs: Inputs, divergence: Divergence, arguments: dict[str, Any]) -> Answers:
@@ -243,6 +302,84 @@ def topk_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) -> Ans
     found = library.topk_logits(logits, k, **options, **arguments)
     answers = {"ids": found.ids, "log_probs": found.log_probs, "log_tail_mass": found.log_tail_mass}
     return {name: values.masked_fill(values.isneginf(), 0).flatten() for name, values in answers.items()}
+
+
+def sample_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) -> Answers:
+    """Draws with equal random numbers, from a flatter distribution than the source."""
+    logits = inputs.leaves["student"]
+    options = {name: inputs.options[name] for name in ("temperature", "vocab_size") if name in inputs.options}
+    generator = torch.Generator(logits.device).manual_seed(logits.shape[-1])
+    found = library.sample_logits(logits, TOP, generator=generator, proposal_temperature=1.5, **options, **arguments)
+    return {"ids": found.ids.flatten(), "weights": found.weights.flatten(), "entropy": found.entropy.flatten()}
+
+
+def record_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) -> Answers:
+    """What a truncated teacher is after packing and unpacking, in every codec; ids that are none count as such."""
+    # The records are data, the same in every dtype.
+    logits = inputs.leaves["student"].float()
+    vocab = inputs.options.get("vocab_size", logits.shape[-1])
+    stored = kd.reference.topk_logits(logits, min(TOP, vocab), vocab_size=vocab)
+    found = {}
+    for codec in ("q4", "q6", "q8", "bf16"):
+        if library is kd.reference:
+            entries = kd.reference.unpack(kd.reference.pack(stored, codec))
+        else:
+            room = row_backend(arguments["backend"])
+            pack = getattr(room, "pack_records", record_reference.pack_records)
+            entries = unpack_rows(pack_rows(stored, codec, pack), room.unpack_records)
+        found[f"ids, {codec}"] = entries.ids.flatten()
+        for name in ("log_probs", "log_tail_mass"):
+            values = getattr(entries, name)
+            found[f"{name}, {codec}"] = values.masked_fill(values.isneginf(), 0).flatten()
+    return found
+
+
+def label_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) -> Answers:
+    """The log-probabilities of some id per token, one of them ignored, and the gradients to the source."""
+    tokens = inputs.upstream
+    labels = torch.arange(tokens.numel(), device=tokens.device).view(tokens.shape) * 3
+    # An id that is masked in every token would have no log-probability: those that are come after a multiple of 3.
+    labels = labels % vocab_of(inputs) // 3 * 3
+    labels.view(-1)[-1] = IGNORE_INDEX
+    return log_prob_answers(library.token_log_probs, inputs, labels, arguments)
+
+
+def token_set_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) -> Answers:
+    """The log-probabilities of every third id together, and the gradients to the source."""
+    members = torch.arange(0, vocab_of(inputs), 3, device=inputs.upstream.device)
+    return log_prob_answers(library.token_set_log_probs, inputs, members, arguments)
+
+
+def vocab_of(inputs: Inputs) -> int:
+    size: int = inputs.options.get("vocab_size", inputs.leaves["student"].shape[-1])
+    return size
+
+
+def log_prob_answers(
+    function: Callable[..., Tensor], inputs: Inputs, ids: Tensor, arguments: dict[str, Any]
+) -> Answers:
+    leaf = inputs.leaves["student"].detach().clone().requires_grad_()
+    options = {name: inputs.options[name] for name in ("temperature", "mask", "vocab_size") if name in inputs.options}
+    values = function(leaf, ids, **options, **arguments)
+    (gradient,) = torch.autograd.grad(values, leaf, inputs.upstream.to(values.dtype))
+    return {"value per token": values.detach().flatten(), "gradient to student": gradient}
+
+
+def head_mass_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) -> Answers:
+    """Where the teacher's head ends, and how far the student is off on it and elsewhere."""
+    student, teacher = inputs.leaves["student"], inputs.leaves["teacher"]
+    vocab = {name: inputs.options[name] for name in ("vocab_size",) if name in inputs.options}
+    others = {
+        name: inputs.options[name] for name in ("temperature", "teacher_temperature", "mask") if name in inputs.options
+    }
+    found = {}
+    for name, crossing in (("", False), (", crossing", True)):
+        if "mask" not in inputs.options:
+            threshold = library.mass_threshold(teacher, 0.6, crossing=crossing, **vocab, **arguments)
+            found[f"threshold{name}"] = threshold.flatten()
+        head, tail = library.head_tail_gap(student, teacher, 0.6, crossing=crossing, **others, **vocab, **arguments)
+        found |= {f"gap of the head{name}": head.flatten(), f"gap of the tail{name}": tail.flatten()}
+    return found
 
 
 def pair_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) -> Answers:
@@ -308,7 +445,32 @@ def ranking_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) -> 
         parts = torch.autograd.grad(values, [leaves[leaf] for leaf in mine], inputs.upstream.to(values.dtype))
         found[f"value per token{name}"] = values.detach().flatten()
         found |= {f"gradient to {leaf}{name}": part for leaf, part in zip(mine, parts, strict=True)}
+    if "mask" not in inputs.options:
+        logits = leaves["student"].detach()
+        ids = torch.arange(k, device=logits.device).expand(*logits.shape[:-1], k)
+        found["ranks"] = library.token_ranks(
+            logits,
+            ids,
+            **{name: options[name] for name in ("vocab_size",) if name in options},
+            **arguments,
+        ).flatten()
     return found
+
+
+ANSWERS: dict[str, Callable[[Any, Inputs, dict[str, Any]], Answers]] = {
+    "token_statistics": statistics_answers,
+    "topk_logits": topk_answers,
+    "sample_logits": sample_answers,
+    "records": record_answers,
+    "token_log_probs": label_answers,
+    "token_set_log_probs": token_set_answers,
+    "pairwise_l1": pair_answers,
+    "pairwise_l1 of heads": pair_answers,
+    "sorted_l1": sorted_l1_answers,
+    "plackett_luce": ranking_answers,
+    "bernoulli_loss": bernoulli_answers,
+    "head_mass": head_mass_answers,
+}
 
 
 def error_of(answer: Tensor, truth: Tensor, term_size: float) -> float:
@@ -322,7 +484,7 @@ def error_of(answer: Tensor, truth: Tensor, term_size: float) -> float:
     return float((difference.norm(dim=-1) / size.clamp(min=least if least > SMALL_ROW**6 else 1.0)).max())
 
 
-def worst(case: Case | TransportCase, ours: Answers, plain: Answers, truth: Answers, tolerance: float) -> Finding:
+def worst(case: Case | OwnCase, ours: Answers, plain: Answers, truth: Answers, tolerance: float) -> Finding:
     """The answer that comes closest to failing, or fails most."""
     findings = []
     for name, expected in truth.items():

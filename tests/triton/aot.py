@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
 from dataclasses import dataclass
 from typing import Any
 
+from gpu_report.compilation import TARGETS
+from gpu_report.objects import Resources, read_resources
+from kdkernels.triton_kernels.tiling import LaunchSizes
+
 VOCABULARY = 151_936
-TARGETS = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
-}
+OLDER = {"sm_75": ("cuda", 75, 32)}
+"""Not refused, and compiled for once."""
 ITEMSIZE = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 KERNELS = {
     "divergence_forward": "divergence",
@@ -78,21 +75,14 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Compiled:
-    registers: int
-    spilled_bytes: int
-    """Local memory of a thread; the kernels have no arrays, so all of it is spilled registers."""
-    vector_loads: int
-    """Load instructions of 128 bits, in the text of the program."""
-    vector_stores: int
+class Compiled(Resources):
     wanted_vector_loads: int
     """What they number if every load of a whole tile is one."""
     wanted_vector_stores: int
-    shuffles_in_loops: int | None
-    """Exchanges between threads inside the loops over the vocabulary; None: not looked for on this target."""
 
 
-def compile_case(case: Case) -> Compiled:
+def compile_case(case: Case, sizes: LaunchSizes | None = None) -> Compiled:
+    """With the default launch sizes, or others."""
     import importlib
 
     import triton
@@ -103,8 +93,8 @@ def compile_case(case: Case) -> Compiled:
 
     module = importlib.import_module(f"kdkernels.triton_kernels.{KERNELS[case.kernel]}")
     kernel = getattr(module, f"{case.kernel}_kernel")
-    target = GPUTarget(*TARGETS[case.target])
-    tiling = choose_tiling(VOCABULARY, ITEMSIZE[case.dtype], case.aligned, target.warp_size)
+    target = GPUTarget(*(TARGETS | OLDER)[case.target])
+    tiling = choose_tiling(VOCABULARY, ITEMSIZE[case.dtype], case.aligned, target.warp_size, sizes=sizes)
     compute = "fp64" if case.dtype == "fp64" else "fp32"
     constants = {
         "KIND": case.kind,
@@ -159,8 +149,7 @@ def compile_case(case: Case) -> Compiled:
         "wanted_vector_loads": sweeps * per_tile * len(given & {"student", "teacher"}),
         "wanted_vector_stores": per_tile * len(given & {"grad_student", "grad_teacher"}),
     }
-    found = _read_cuda(compiled.asm) if target.backend == "cuda" else _read_hip(compiled.asm)
-    return Compiled(**found, **wanted)
+    return Compiled(**vars(read_resources(compiled)), **wanted)
 
 
 def mixture(case: Case, compute: str) -> tuple[tuple[Any, ...], list[tuple[int, ...]]]:
@@ -198,54 +187,7 @@ def compile_records(target: str, bits: int) -> dict[str, Any]:
     compiled = triton.compile(
         ASTSource(unpack_records_kernel, signature, constexprs), target=gpu, options={"num_warps": 1}
     )
-    return _read_cuda(compiled.asm) if gpu.backend == "cuda" else _read_hip(compiled.asm)
-
-
-def _read_cuda(asm: dict[str, Any]) -> dict[str, Any]:
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(asm["cubin"])
-        cubin.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    ptx = asm["ptx"]
-    return {
-        "registers": numbers["REG"],
-        "spilled_bytes": numbers["STACK"] + numbers["LOCAL"],
-        "vector_loads": len(re.findall(r"ld\.global[\w.:]*\.(?:v4\.b32|v2\.b64)", ptx)),
-        "vector_stores": len(re.findall(r"st\.global[\w.:]*\.(?:v4\.b32|v2\.b64)", ptx)),
-        "shuffles_in_loops": _in_loops(ptx, "shfl"),
-    }
-
-
-def _in_loops(ptx: str, instruction: str) -> int:
-    """How often an instruction occurs between a label and a later jump back to it."""
-    lines = ptx.splitlines()
-    labels = {match[1]: number for number, line in enumerate(lines) if (match := re.match(r"(\$L\w+):", line.strip()))}
-    inside: set[int] = set()
-    for number, line in enumerate(lines):
-        jump = re.search(r"\bbra(?:\.uni)?\s+(\$L\w+)", line)
-        if jump and labels[jump[1]] < number:
-            inside.update(range(labels[jump[1]], number))
-    return sum(instruction in lines[number] for number in inside)
-
-
-def _read_hip(asm: dict[str, Any]) -> dict[str, Any]:
-    text = asm["amdgcn"]
-
-    def number(key: str) -> int:
-        return int(re.findall(rf"\.{key}:\s+(\d+)", text)[0])
-
-    spilled_registers = number("vgpr_spill_count") + number("sgpr_spill_count")
-    return {
-        "registers": number("vgpr_count"),
-        "spilled_bytes": number("private_segment_fixed_size") + 4 * spilled_registers,
-        "vector_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
-        "vector_stores": len(re.findall(r"(?:global|buffer)_store_dwordx4", text)),
-        "shuffles_in_loops": None,
-    }
+    return vars(read_resources(compiled))
 
 
 def specialisations(kernel: str, calls: list[dict[str, Any]]) -> list[str]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import aot
+from gpu_report.objects import read_resources
+from kdkernels.triton_kernels.tiling import LaunchSizes, default_sizes
 
 KERNELS = ("topk", "block_sums", "draw")
 NUMBERS = ("temperature", "softcap")
@@ -26,7 +28,7 @@ class Case:
         return "-".join(filter(None, [self.kernel, self.target, self.dtype, *extras]))
 
 
-def spilled_bytes(case: Case) -> int:
+def spilled_bytes(case: Case, sizes: LaunchSizes | None = None) -> int:
     """Local memory of a thread: the kernels have no arrays, so all of it is spilled registers."""
     import torch
     import triton
@@ -35,11 +37,13 @@ def spilled_bytes(case: Case) -> int:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kdkernels.backends.triton.topk import KEYS, PICKING_TILE, PICKING_WARPS
+    from kdkernels.backends.triton.topk import KEYS
 
     kernel = getattr(topk, f"{case.kernel}_kernel")
     target = GPUTarget(*aot.TARGETS[case.target])
     compute = "fp64" if case.dtype == "fp64" else "fp32"
+    sizes = sizes or default_sizes("topk", aot.VOCABULARY, aot.ITEMSIZE[case.dtype], target.warp_size)
+    tile = sizes.threads * sizes.bytes_per_thread // 4
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
     shift, passes = KEYS[names[case.dtype]]
     constants = {
@@ -47,8 +51,8 @@ def spilled_bytes(case: Case) -> int:
         "COMPUTE": tl.float64 if compute == "fp64" else tl.float32,
         "SHIFT": shift,
         "PASSES": passes,
-        "TILE": PICKING_TILE,
-        "BLOCK": PICKING_TILE,
+        "TILE": tile,
+        "BLOCK": tile,
         "WIDTH": 16 // aot.ITEMSIZE[case.dtype] if case.aligned else 1,
     }
     types = {"source": f"*{case.dtype}", "vocab_size": "i32", "k": "i32", "sums": "*fp64", "fractions": "*fp64"}
@@ -63,10 +67,11 @@ def spilled_bytes(case: Case) -> int:
     pointers = [index for index, kind in enumerate(signature.values()) if kind.startswith("*")]
     attributes = {(index,): [["tt.divisibility", 16]] for index in pointers} if case.aligned else {}
     compiled = triton.compile(
-        ASTSource(kernel, signature, constexprs, attributes), target=target, options={"num_warps": PICKING_WARPS}
+        ASTSource(kernel, signature, constexprs, attributes),
+        target=target,
+        options={"num_warps": sizes.threads // target.warp_size},
     )
-    read = aot._read_cuda if target.backend == "cuda" else aot._read_hip
-    return int(read(compiled.asm)["spilled_bytes"])
+    return read_resources(compiled).spilled_bytes
 
 
 def specialisations(kernel: str, calls: list[dict[str, Any]]) -> list[str]:

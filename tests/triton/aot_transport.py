@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import aot
+from gpu_report.objects import read_resources
 
 INTEGERS = {"rows", "columns", "max_iterations", "max_steps"}
 INTEGERS |= {
@@ -72,8 +73,7 @@ def compiled_resources(case: Case) -> dict[str, Any]:
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs), target=target, options={"num_warps": case.num_warps}
     )
-    read = aot._read_cuda if target.backend == "cuda" else aot._read_hip
-    return read(compiled.asm)
+    return vars(read_resources(compiled))
 
 
 def specialisations(family: str, kernel: str) -> list[str]:

@@ -11,14 +11,14 @@ from concurrent.futures import Future
 from typing import Any
 
 import aot
-import kernel_processes
 import pytest
+from gpu_report import processes
 
 
 @pytest.fixture(scope="session")
 def interpreter() -> Iterator[Callable[..., Any]]:
     """`interpreter(function, *arguments)` calls a module-level function where Triton's interpreter is switched on."""
-    with kernel_processes.start(1, TRITON_INTERPRET="1") as pool:
+    with processes.start(1, TRITON_INTERPRET="1") as pool:
         yield lambda function, *arguments: pool.submit(function, *arguments).result()
 
 
@@ -32,7 +32,7 @@ def compiler(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     cache = tmp_path_factory.mktemp("triton")
     count = 1 if distributed else min(4, os.cpu_count() or 1)
     futures: dict[tuple[Any, ...], Future[Any]] = {}
-    with kernel_processes.start(count, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(cache)) as pool:
+    with processes.start(count, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(cache)) as pool:
 
         def call(function: Callable[..., Any], *arguments: Any) -> Any:
             ahead = futures.get((function, arguments[0]))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from gpu_report.interpretation import observed
 from torch import Tensor
-from triton.runtime import interpreter as triton_interpreter
 
 from kdkernels.backends import triton as backend
 from kdkernels.backends.rows import RowSpec
@@ -18,23 +17,6 @@ from kdkernels.reference import records
 
 UNTOUCHED = 7.0
 """Fills gradient buffers beforehand, so that an element that was not written shows."""
-
-
-def _patch_once() -> None:
-    """Triton's interpreter prepares triton.language at every call of a helper; once per helper is far faster."""
-    patched = set()
-
-    def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        if self.fn not in patched:
-            patched.add(self.fn)
-            triton_interpreter._patch_lang(self.fn)
-        return self.rewrite()(*arguments, **keywords)
-
-    triton_interpreter.InterpretedFunction.__call__ = call
-
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    _patch_once()
 
 
 def availability(tensor: Tensor) -> tuple[tuple[bool, str], tuple[bool, str]]:
@@ -107,11 +89,9 @@ def unpack_by_definition(*arguments: Any) -> tuple[Tensor, Tensor, Tensor] | str
 @contextmanager
 def _counted(tensors: dict[str, Tensor]) -> Iterator[dict[str, int]]:
     """Counts the elements that kernels load from and store to each tensor: masked-out ones do not count."""
-    builder = triton_interpreter.InterpreterBuilder
     counts: dict[str, int] = {}
-    originals = {"load": builder.create_masked_load, "store": builder.create_masked_store}
 
-    def count(action: str, addresses: Any, mask: Any) -> None:
+    def count(action: str, addresses: Any, mask: Any, _: int) -> None:
         for name, tensor in tensors.items():
             first = tensor.data_ptr()
             inside = mask & (addresses >= first) & (addresses < first + tensor.numel() * tensor.element_size())
@@ -119,21 +99,8 @@ def _counted(tensors: dict[str, Tensor]) -> Iterator[dict[str, int]]:
                 key = f"{action} {name}"
                 counts[key] = counts.get(key, 0) + int(inside.sum())
 
-    # Plain loads and stores go through the masked ones in the interpreter, with a mask of ones.
-    def load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
-        count("load", ptrs.data, mask.data)
-        return originals["load"](self, ptrs, mask, *rest)
-
-    def store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        count("store", ptrs.data, mask.data)
-        return originals["store"](self, ptrs, value, mask, *rest)
-
-    builder.create_masked_load, builder.create_masked_store = load, store
-    try:
+    with observed(count):
         yield counts
-    finally:
-        builder.create_masked_load = originals["load"]
-        builder.create_masked_store = originals["store"]
 
 
 def traffic(kernel: str, rows: int, vocab_size: int, kind: int, grads: tuple[bool, bool]) -> dict[str, float]:

@@ -27,4 +27,5 @@ __all__ = [
 ]
 
 FAMILIES = ("divergence", "linear_divergence", "relation", "sparse_divergence", "token_set", "token_statistics")
+FAMILIES = ("divergence", "linear_divergence", "compositions", "relation", "token_set")
 """The kernel families that this backend serves."""

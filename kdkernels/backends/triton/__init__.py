@@ -13,6 +13,7 @@ from kdkernels.backends.triton.divergence import (
 )
 from kdkernels.backends.triton.head_mass import head_mass
 from kdkernels.backends.triton.launching import status, supports
+from kdkernels.backends.triton.linear_divergence import linear_divergence, linear_divergence_applies
 from kdkernels.backends.triton.pairwise_l1 import pairwise_l1_backward, pairwise_l1_forward, pairwise_normalisers
 from kdkernels.backends.triton.ranking import plackett_luce, token_ranks
 from kdkernels.backends.triton.records import unpack_records
@@ -31,6 +32,8 @@ __all__ = [
     "divergence_forward",
     "divergence_fused",
     "head_mass",
+    "linear_divergence",
+    "linear_divergence_applies",
     "pairwise_l1_backward",
     "pairwise_l1_forward",
     "pairwise_normalisers",

@@ -17,9 +17,9 @@ def bernoulli(
     """The values [N]; the gradient of sum(grad_values * values) is written into `grad_student` (None: not wanted)."""
     rows, vocab_size = student.shape
     values = torch.empty(rows, dtype=compute_dtype(student, targets), device=student.device)
-    launch = prepare_launch(student, targets, grad_student)
+    launch = prepare_launch(student, targets, grad_student, kernel="bernoulli")
     if rows:
-        with on_device_of(student):
+        with on_device_of(student, "bernoulli"):
             load_kernels().bernoulli.bernoulli_kernel[(rows,)](
                 student,
                 targets,

@@ -39,12 +39,12 @@ def divergence_forward(student: Tensor, teacher: Tensor, spec: RowSpec) -> tuple
     """(divergence [N], cross_entropy [N] or [0], statistics [N, SAVED_STATISTICS])."""
     rows, vocab_size = student.shape
     kernels = load_kernels()
-    launch = prepare_launch(student, teacher, *composed_of(spec))
+    launch = prepare_launch(student, teacher, *composed_of(spec), kernel="divergence_forward")
     divergence = torch.empty(rows, dtype=compute_dtype(student, teacher), device=student.device)
     cross_entropy = divergence.new_empty(0 if spec.labels is None else rows)
     statistics = divergence.new_empty(rows, SAVED_STATISTICS)
     if rows:
-        with on_device_of(student):
+        with on_device_of(student, "divergence"):
             kernels.divergence.divergence_forward_kernel[(rows,)](
                 student,
                 teacher,
@@ -85,9 +85,11 @@ def divergence_backward(
     rows, vocab_size = student.shape
     if not rows or (grad_student is None and grad_teacher is None):
         return
-    launch = prepare_launch(student, teacher, grad_student, grad_teacher, *composed_of(spec))
+    launch = prepare_launch(
+        student, teacher, grad_student, grad_teacher, *composed_of(spec), kernel="divergence_backward"
+    )
     hard = grad_cross_entropy is not None and grad_student is not None
-    with on_device_of(student):
+    with on_device_of(student, "divergence"):
         load_kernels().divergence.divergence_backward_kernel[(rows,)](
             student,
             teacher,

@@ -15,9 +15,9 @@ def head_mass(teacher: Tensor, student: Tensor | None, spec: RowSpec) -> tuple[T
     """(thresholds [N], gaps [N, 2] or [0, 2])."""
     rows, vocab_size = teacher.shape
     thresholds, gaps = empty(teacher, student)
-    launch = prepare_launch(teacher, student)
+    launch = prepare_launch(teacher, student, kernel="head_mass")
     if rows:
-        with on_device_of(teacher):
+        with on_device_of(teacher, "head_mass"):
             load_kernels().head_mass.head_mass_kernel[(rows,)](
                 teacher,
                 student,

@@ -34,7 +34,7 @@ def pairwise_normalisers(logits: Tensor, tempering: Tempering, dtype: torch.dtyp
     normalisers = torch.empty(rows, 2, dtype=dtype, device=logits.device)
     launch = prepare_launch(logits)
     if rows:
-        with on_device_of(logits):
+        with on_device_of(logits, "pairwise_l1"):
             load_kernels().pairwise_l1.pairwise_normalisers_kernel[(rows,)](
                 logits,
                 launch.stride(logits),
@@ -65,12 +65,12 @@ def pairwise_l1_forward(
     vocab_size = student.shape[1]
     dtype = compute_dtype(student, teacher)
     blocks = -(-spec.student_rows // BLOCK) * -(-spec.teacher_rows // BLOCK)
-    lanes = warp_size()
+    lanes = warp_size(student)
     split = split_of(vocab_size, blocks * spec.problems, lanes)
     parts = -(-vocab_size // split)
     distance = torch.empty(parts, *spec.shape, dtype=dtype, device=student.device)
     signed_mass = torch.empty_like(distance) if with_signs else None
-    with on_device_of(student):
+    with on_device_of(student, "pairwise_l1"):
         load_kernels().pairwise_l1.pairwise_l1_forward_kernel[(spec.problems * blocks, parts)](
             student,
             teacher,
@@ -134,7 +134,7 @@ def gradient_of(gradient: Tensor, problems: int, own_side: Any, other_side: Any,
     own, own_rows, own_normalisers, own_tempering, grad_own_stride, centres = own_side
     other, other_rows, other_normalisers, other_tempering, grad_other_stride, _ = other_side
     vocab_size = own.shape[1]
-    with on_device_of(own):
+    with on_device_of(own, "pairwise_l1"):
         load_kernels().pairwise_l1.pairwise_l1_backward_kernel[
             (problems * -(-own_rows // OWN_BLOCK), -(-vocab_size // COLUMNS))
         ](
@@ -163,5 +163,5 @@ def gradient_of(gradient: Tensor, problems: int, own_side: Any, other_side: Any,
             OWN_BLOCK=OWN_BLOCK,
             OTHER_BLOCK=OTHER_BLOCK,
             COLUMNS=COLUMNS,
-            num_warps=BACKWARD_THREADS // warp_size(),
+            num_warps=BACKWARD_THREADS // warp_size(own),
         )

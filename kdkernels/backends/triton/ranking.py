@@ -80,7 +80,7 @@ def scans(student: Tensor, order: Tensor, weights: Tensor, spec: RowSpec, dtype:
 def token_ranks(logits: Tensor, ids: Tensor) -> Tensor:
     ranks = torch.empty_like(ids)
     if ids.numel():
-        with on_device_of(logits):
+        with on_device_of(logits, "token_ranks"):
             load_kernels().ranking.token_ranks_kernel[tuple(ids.shape)](
                 logits=logits,
                 stride=logits.stride(0),
@@ -88,6 +88,6 @@ def token_ranks(logits: Tensor, ids: Tensor) -> Tensor:
                 ids=ids,
                 ranks=ranks,
                 TILE=COUNTING_TILE,
-                num_warps=COUNTING_THREADS // warp_size(),
+                num_warps=COUNTING_THREADS // warp_size(logits),
             )
     return ranks

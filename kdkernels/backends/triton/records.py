@@ -24,7 +24,7 @@ def unpack_records(data: Tensor, counts: Tensor, vocab: int, bits: int, width: i
     log_tail_mass = torch.empty(rows, device=data.device)
     well_formed = torch.empty(rows, dtype=torch.int32, device=data.device)
     if rows:
-        with on_device_of(data):
+        with on_device_of(data, "unpack"):
             load_kernels().records.unpack_records_kernel[(rows,)](
                 data,
                 offsets,

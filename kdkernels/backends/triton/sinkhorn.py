@@ -58,7 +58,7 @@ class Batch(NamedTuple):
 
     def on_chip(self, largest: dict[int, int]) -> bool:
         """Whether a program holds a problem in its registers."""
-        tiling = load_kernels().tiling.choose_cost_tiling(*self.cost.shape[1:], warp_size())
+        tiling = load_kernels().tiling.choose_cost_tiling(*self.cost.shape[1:], warp_size(self.cost))
         sides = tiling.rows, tiling.columns
         fits = math.prod(sides) <= largest[self.a.element_size()]
         return bool(fits and max(sides) <= load_kernels().tiling.LONGEST_SIDE)
@@ -68,7 +68,7 @@ class Batch(NamedTuple):
         sizes = load_kernels().tiling
         rows, columns = self.cost.shape[1:] if on_chip else sizes.STREAMED_TILE
         pairs = sizes.PAIRS_PER_WARP if on_chip and not solving else sizes.FEW_PAIRS_PER_WARP
-        tiling = sizes.choose_cost_tiling(rows, columns, warp_size(), pairs)
+        tiling = sizes.choose_cost_tiling(rows, columns, warp_size(self.cost), pairs)
         return {
             "COMPUTE": precision(self.a.dtype == torch.float64)["compute"],
             "ROW_STEPS": tiling.row_steps,
@@ -120,7 +120,7 @@ def sinkhorn_forward(cost: Tensor, a: Tensor, b: Tensor, spec: TransportSpec, ke
     on_chip = problems.on_chip(kernels.tiling.ON_CHIP)
     kernel = kernels.sinkhorn.sinkhorn_kernel if on_chip else kernels.sinkhorn.sinkhorn_streamed_kernel
     streamed = {} if on_chip else {"next_f": torch.empty_like(a), "VECTOR": VECTOR}
-    with on_device_of(cost):
+    with on_device_of(cost, "sinkhorn"):
         kernel[(batch,)](
             **problems.arguments,
             **problems.masses,
@@ -182,7 +182,7 @@ def products(
     product = torch.empty_like(outer)
     cost_product = torch.empty_like(outer) if with_cost else outer.new_empty(0)
     block = tile["COLUMN_STEPS"] * tile["COLUMN_LANES"] if columns else tile["ROW_STEPS"] * tile["ROW_LANES"]
-    with on_device_of(outer):
+    with on_device_of(outer, "sinkhorn"):
         kernels.sinkhorn.sinkhorn_product_kernel[(len(outer), -(-outer.shape[1] // block))](
             **problems.arguments,
             row_exponents=row_exponents,
@@ -291,7 +291,7 @@ def unrolled(problems: Batch, values: TransportValues, grad_f: Tensor, grad_g: T
     )
     on_chip = problems.on_chip(kernels.tiling.ON_CHIP)
     kernel = kernels.sinkhorn.sinkhorn_adjoint_kernel if on_chip else kernels.sinkhorn.sinkhorn_adjoint_streamed_kernel
-    with on_device_of(grad_f):
+    with on_device_of(grad_f, "sinkhorn"):
         kernel[(len(grad_f),)](
             **problems.arguments,
             **problems.masses,
@@ -333,7 +333,7 @@ def implicit(problems: Batch, values: TransportValues, grad_f: Tensor, grad_g: T
     if not problems.on_chip(kernels.tiling.MATRIX_ON_CHIP):
         solve_streamed(problems, values, grad_f, grad_g, rows, found)
         return found
-    with on_device_of(grad_f):
+    with on_device_of(grad_f, "sinkhorn"):
         kernels.sinkhorn.sinkhorn_implicit_kernel[(batch,)](
             **problems.arguments,
             **problems.masses,
@@ -437,7 +437,7 @@ def cost_gradient(
     grid = (batch, *blocks)
     names = Adjoints._fields[: Adjoints._fields.index("grad_a")]
     through = dict.fromkeys(names) if adjoints is None else {name: getattr(adjoints, name) for name in names}
-    with on_device_of(grad_cost):
+    with on_device_of(grad_cost, "sinkhorn"):
         load_kernels().sinkhorn.sinkhorn_cost_gradient_kernel[grid](
             **problems.arguments,
             **problems.masses,

@@ -52,7 +52,7 @@ def _sort_and_compare(
     teacher, teacher_order = torch.sort(teacher, dim=-1, descending=True, stable=True)
     longer = student if student.shape[1] >= teacher.shape[1] else teacher
     launch = prepare_launch(longer, student, teacher)
-    with on_device_of(student):
+    with on_device_of(student, "sorted_l1"):
         load_kernels().sorted_l1.sorted_l1_kernel[(len(student),)](
             student.contiguous(),
             teacher.contiguous(),

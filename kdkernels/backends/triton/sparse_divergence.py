@@ -34,7 +34,7 @@ def sparse_divergence_fused(
     statistics = divergence.new_empty(rows, kernels.STATISTICS.value)
     gathered, terms = torch.empty_like(found.values), torch.empty_like(found.values)
     entropy = teacher.constants if teacher.policy == Policy.SAMPLED else None
-    launch = prepare_launch(student, grad_student)
+    launch = prepare_launch(student, kernel="sparse_divergence_forward")
     student_arguments = {
         "labels": spec.labels,
         "active": spec.active,
@@ -43,11 +43,8 @@ def sparse_divergence_fused(
         "student_softcap": spec.student_softcap,
         "HAS_STUDENT_CAP": spec.student_softcap != 0,
         "COMPUTE": launch.compute,
-        "LANES": launch.lanes,
-        "WIDTH": launch.width,
-        "num_warps": launch.num_warps,
     }
-    with on_device_of(student):
+    with on_device_of(student, "sparse_divergence"):
         kernels.sparse_divergence_forward_kernel[(rows,)](
             student,
             launch.stride(student),
@@ -70,8 +67,12 @@ def sparse_divergence_fused(
             POLICY=teacher.policy,
             FAST_LOG=launch.fast_log,
             UNROLL=launch.unroll,
+            LANES=launch.lanes,
+            WIDTH=launch.width,
+            num_warps=launch.num_warps,
         )
         if grad_student is not None and grad_divergence is not None:
+            launch = prepare_launch(student, grad_student, kernel="sparse_divergence_backward")
             kernels.sparse_divergence_backward_kernel[(rows,)](
                 student,
                 grad_student,
@@ -88,5 +89,8 @@ def sparse_divergence_fused(
                 **student_arguments,
                 TILE=launch.unroll * launch.lanes * launch.width,
                 REST_TILE=launch.lanes * launch.width,
+                LANES=launch.lanes,
+                WIDTH=launch.width,
+                num_warps=launch.num_warps,
             )
     return divergence, cross_entropy

@@ -21,11 +21,11 @@ __all__ = ["token_statistics"]
 def token_statistics(student: Tensor, teacher: Tensor | None, spec: RowSpec) -> tuple[Tensor, Tensor]:
     """(values [N, 10], columns as `rows.STATISTICS` names them; argmax int64 [N, 2])."""
     rows, vocab_size = student.shape
-    launch = prepare_launch(student, teacher, *composed_of(spec))
+    launch = prepare_launch(student, teacher, *composed_of(spec), kernel="token_statistics")
     values = torch.empty(rows, len(STATISTICS), dtype=compute_dtype(student, teacher), device=student.device)
     argmax = torch.empty(rows, 2, dtype=torch.int64, device=student.device)
     if rows:
-        with on_device_of(student):
+        with on_device_of(student, "token_statistics"):
             load_kernels().token_statistics.token_statistics_kernel[(rows,)](
                 student,
                 teacher,

@@ -9,16 +9,11 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends.rows import STATISTICS, RowSpec, Tempering, compute_dtype
-from kdkernels.backends.triton.launching import load_kernels, on_device_of, prepare_launch
+from kdkernels.backends.triton.launching import load_kernels, on_device_of, prepare_launch, tuned_sizes, warp_size
 from kdkernels.backends.triton.token_statistics import token_statistics
+from kdkernels.triton_kernels.tiling import PICKING_KERNEL, PICKING_TILE, PICKING_WARPS, default_sizes
 
 __all__ = ["sample", "topk"]
-
-PICKING_TILE = 1024
-"""Logits that a program of the family topk has in hand at once."""
-
-PICKING_WARPS = 8
-"""Of such a program; with half as many some of its registers spill."""
 
 KEYS = {torch.float32: (0, 4), torch.bfloat16: (16, 2), torch.float16: (8, 3), torch.float64: (0, 8)}
 """Of integers in the order of the logits: the trailing bits that say nothing, and the digits of 8 bits that are left."""
@@ -36,8 +31,15 @@ def _picking_arguments(logits: Tensor, temperature: float, softcap: float) -> di
         "HAS_CAP": softcap != 0,
         "COMPUTE": launch.compute,
         "WIDTH": launch.width,
-        "num_warps": PICKING_WARPS,
     }
+
+
+def _topk_sizes(logits: Tensor, width: int) -> dict[str, int]:
+    """Tile and warps of the kernel that finds the largest."""
+    warp, vocab_size, itemsize = warp_size(logits), logits.shape[1], logits.element_size()
+    sizes = tuned_sizes(logits, PICKING_KERNEL, vocab_size, itemsize, aligned=width > 1)
+    sizes = sizes or default_sizes(PICKING_KERNEL, vocab_size, itemsize, warp)
+    return {"TILE": sizes.threads * sizes.bytes_per_thread // 4, "num_warps": sizes.threads // warp}
 
 
 def topk(logits: Tensor, k: int, tempering: Tempering) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,7 +50,8 @@ def topk(logits: Tensor, k: int, tempering: Tempering) -> tuple[Tensor, Tensor, 
     rest = found.new_empty(rows, 2)
     shift, passes = KEYS[logits.dtype]
     if rows:
-        with on_device_of(logits):
+        arguments = _picking_arguments(logits, tempering.temperature, tempering.softcap)
+        with on_device_of(logits, "topk"):
             load_kernels().topk.topk_kernel[(rows,)](
                 k=k,
                 logits_out=found,
@@ -56,8 +59,8 @@ def topk(logits: Tensor, k: int, tempering: Tempering) -> tuple[Tensor, Tensor, 
                 rest_out=rest,
                 SHIFT=shift,
                 PASSES=passes,
-                TILE=PICKING_TILE,
-                **_picking_arguments(logits, tempering.temperature, tempering.softcap),
+                **_topk_sizes(logits, arguments["WIDTH"]),
+                **arguments,
             )
     found += 0.0  # -0 sorts as 0
     found, order = torch.sort(found, dim=-1, descending=True, stable=True)
@@ -94,13 +97,14 @@ def sample(logits: Tensor, uniforms: Tensor, tempering: Tempering) -> tuple[Tens
     ids = torch.empty(rows, draws, dtype=torch.int64, device=logits.device)
     drawn = torch.empty(rows, draws, dtype=dtype, device=logits.device)
     if rows:
-        with on_device_of(logits):
+        with on_device_of(logits, "topk"):
             load_kernels().topk.draw_kernel[(rows, draws)](
                 blocks=blocks,
                 fractions=(targets - before) / (upto - before),
                 ids=ids,
                 logits_out=drawn,
                 BLOCK=PICKING_TILE,
+                num_warps=PICKING_WARPS,
                 **_picking_arguments(logits, tempering.proposal_temperature, tempering.softcap),
             )
     weights = torch.full_like(drawn, 1 / draws)
@@ -123,8 +127,12 @@ def _block_sums(logits: Tensor, maxima: Tensor, temperature: float, softcap: flo
     blocks = -(-vocab_size // PICKING_TILE)
     sums = torch.empty(rows, blocks, dtype=torch.float64, device=logits.device)
     if rows:
-        with on_device_of(logits):
+        with on_device_of(logits, "topk"):
             load_kernels().topk.block_sums_kernel[(rows, blocks)](
-                maxima=maxima, sums=sums, BLOCK=PICKING_TILE, **_picking_arguments(logits, temperature, softcap)
+                maxima=maxima,
+                sums=sums,
+                BLOCK=PICKING_TILE,
+                num_warps=PICKING_WARPS,
+                **_picking_arguments(logits, temperature, softcap),
             )
     return sums

@@ -1,0 +1,89 @@
+"""The program: compiles, counts, models, and writes the page. Takes minutes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, as_completed
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import cuda_extension, matrix, page, peers, picture, processes, tables
+
+console = Console(stderr=True)
+
+
+def main(
+    quick: Annotated[bool, typer.Option(help="Few kernels and one dtype, in a minute.")] = False,
+    again: Annotated[bool, typer.Option(help="Compile and count nothing: the page anew from its tables.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for gpu.md and gpu/.")] = Path("docs"),
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that compile.")] = 2,
+    peers_from: Annotated[
+        Path | None, typer.Option(help="Folder with the other libraries, if they are not installed.")
+    ] = None,
+) -> None:
+    """Write what is known of the GPU kernels without a GPU."""
+    folder = out / "gpu"
+    folder.mkdir(parents=True, exist_ok=True)
+    if again:
+        kernels = tables.read(folder / "kernels.csv", tables.KernelRow)
+        traffic = tables.read(folder / "traffic.csv", tables.TrafficRow)
+        others = tables.read(folder / "peers.csv", peers.PeerTraffic)
+    else:
+        kernels, traffic, others = computed(quick, jobs, peers_from)
+    if library := cuda_extension.extension():
+        kernels = [row for row in kernels if row.language != "CUDA"] + cuda_extension.kernel_rows(library)
+    modelled = matrix.modelled_rows(kernels, traffic)
+    for name, rows in (("kernels", kernels), ("traffic", traffic), ("model", modelled), ("peers", others)):
+        tables.write(folder / f"{name}.csv", rows)
+    picture.draw_roofline(folder / "roofline.png", modelled)
+    picture.draw_bytes(folder / "bytes.png", others)
+    versions = {name: importlib.metadata.version(name) for name in ("triton", "torch")}
+    found = page.measured(folder / "measured.csv")
+    text = page.page(kernels, traffic, modelled, others, found, versions, quick)
+    (out / "gpu.md").write_text(text, encoding="utf-8")
+    console.print(f"written: {out / 'gpu.md'} and what it shows in {folder}")
+
+
+def computed(
+    quick: bool, jobs: int, peers_from: Path | None
+) -> tuple[list[tables.KernelRow], list[tables.TrafficRow], list[peers.PeerTraffic]]:
+    to_compile, to_count = matrix.tasks(quick)
+    contenders = [(*contender, dtype) for contender in peers.CONTENDERS for dtype in ("fp32", "bf16")]
+    folder = "" if peers_from is None else str(peers_from.resolve())
+    with (
+        processes.start(1, TRITON_INTERPRET="1") as interpreter,
+        processes.start(jobs, TRITON_INTERPRET="0") as compiler,
+    ):
+        counted = [interpreter.submit(matrix.traffic_rows, *each) for each in to_count]
+        compared = [interpreter.submit(with_folder, folder, peers.compare, *each) for each in contenders]
+        compiled = [compiler.submit(matrix.compiled_rows, *each) for each in to_compile]
+        follow([*counted, *compared, *compiled])
+    return (
+        [row for future in compiled for row in future.result()],
+        [row for future in counted for row in future.result()],
+        [future.result() for future in compared],
+    )
+
+
+def with_folder(folder: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """A call in a process that also finds modules in the folder."""
+    if folder and folder not in sys.path:
+        sys.path.insert(0, folder)
+    return function(*arguments)
+
+
+def follow(futures: Iterable[Future[Any]]) -> None:
+    """A progress bar over what is computed; the first failure ends it."""
+    waiting = list(futures)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("compiling and counting", total=len(waiting))
+        for future in as_completed(waiting):
+            future.result()
+            progress.advance(task)

@@ -1,0 +1,77 @@
+"""What the tests run in a process of its own, where the CUDA kernels are emulated (see the fixture `emulated`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kdkernels as kd
+from kdkernels.backends import cuda as backend
+from kdkernels.backends.cuda.launching import module
+from kdkernels.backends.rows import RowSpec
+from kdkernels.validation.comparison import Finding, Target, validate
+
+UNTOUCHED = 7.0
+"""Fills gradient buffers beforehand, so that an element that was not written shows."""
+
+
+def availability() -> dict[str, Any]:
+    return {"status": backend.status(), "cpu": backend.supports("cpu"), "cuda": backend.supports("cuda")}
+
+
+def findings(target: Target) -> list[Finding]:
+    """What the backend makes of all cases of an operation, held against the truth."""
+    return list(validate(target, "cpu"))
+
+
+def loss_and_gradients(
+    student: Tensor, teacher: Tensor, divergence: kd.Divergence, options: dict[str, Any], backend: str = "cuda"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, gradient to the student, gradient to the teacher)."""
+    leaves = [logits.detach().requires_grad_() for logits in (student, teacher)]
+    loss = kd.distillation_loss(*leaves, divergence, backend=backend, **options)
+    return loss.detach(), *torch.autograd.grad(loss.sum(), leaves)
+
+
+def divergence(
+    student: Tensor,
+    teacher: Tensor,
+    spec: RowSpec,
+    grad_divergence: Tensor,
+    grads: tuple[bool, bool] = (True, True),
+    in_place: bool = False,
+    padding: int = 0,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(divergence, cross_entropy, grad_student, grad_teacher); the gradients' rows have `padding` more elements."""
+
+    def buffer(logits: Tensor, wanted: bool) -> Tensor | None:
+        if not wanted or in_place:
+            return logits if wanted else None
+        rows, vocab_size = logits.shape
+        return torch.full((rows, vocab_size + padding), UNTOUCHED, dtype=logits.dtype)
+
+    to_student, to_teacher = buffer(student, grads[0]), buffer(teacher, grads[1])
+    views = [None if each is None else each[:, : student.shape[1]] for each in (to_student, to_teacher)]
+    grad_cross_entropy = None if spec.labels is None else grad_divergence
+    values = backend.divergence_fused(student, teacher, spec, grad_divergence, grad_cross_entropy, *views)
+    return *values, to_student, to_teacher
+
+
+def refusal(function: str, *arguments: Any, **options: Any) -> str:
+    """The text of what a public function raises with the backend asked for by name."""
+    try:
+        getattr(kd, function)(*arguments, backend="cuda", **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def faulty_kernels() -> list[str]:
+    return module().faulty_kernels()
+
+
+def run_faulty(name: str) -> str:
+    """What the emulator says of a kernel that is wrong in one way."""
+    return module().run_faulty(name)

@@ -1,0 +1,66 @@
+"""Every CUDA kernel, run on the host, over the inputs on which `kdkernels check` holds backends against the truth.
+
+The verdict is that of the command: per row, an error no larger than that of plain PyTorch in the same dtype, plus a little
+that is measured in the size of what is computed, so that a gradient of zeros fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import emulated as there
+import pytest
+import torch
+
+import kdkernels as kd
+from kdkernels.divergences import Divergence
+from kdkernels.validation.comparison import Target, make_plan
+
+DIVERGENCES: list[Divergence] = [
+    kd.ForwardKL(),
+    kd.ReverseKL(),
+    kd.Jeffreys(0.3),
+    kd.JSD(0.3),
+    kd.SkewForwardKL(0.1),
+    kd.SkewReverseKL(0.2),
+    kd.TVD(),
+    kd.AlphaDivergence(0.3),
+    kd.Renyi(0.6),
+    kd.ABDivergence(0.4, 0.7),
+    kd.SoftCrossEntropy(),
+]
+
+Emulated = Callable[..., Any]
+
+
+def plan(divergences: list[Divergence], dtypes: list[torch.dtype]) -> list[Target]:
+    return make_plan(["cuda"], divergences, dtypes, quick=True)
+
+
+def name(target: Target) -> str:
+    divergence = "" if target.divergence is None else repr(target.divergence)
+    return f"{target.operation} {divergence} {str(target.dtype).removeprefix('torch.')}".replace("  ", " ")
+
+
+EVERYTHING = plan(DIVERGENCES, [torch.float32])
+OTHER_DTYPES = plan([kd.ForwardKL(), kd.JSD(0.3)], [torch.bfloat16, torch.float16, torch.float64])
+QUICK = [target for target in EVERYTHING if target.operation == "divergence" and target.divergence == kd.JSD(0.3)]
+
+
+def hold(target: Target, emulated: Emulated) -> None:
+    found = emulated(there.findings, target)
+    assert found
+    wrong = [one for one in found if not one.passed]
+    assert not wrong, "\n".join(str(one) for one in wrong)
+
+
+@pytest.mark.parametrize("target", QUICK, ids=name)
+def test_a_divergence_is_right(target: Target, emulated: Emulated) -> None:
+    hold(target, emulated)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [one for one in EVERYTHING + OTHER_DTYPES if one not in QUICK], ids=name)
+def test_kernels_are_right(target: Target, emulated: Emulated) -> None:
+    hold(target, emulated)
