@@ -6,8 +6,8 @@
 
 #include "bindings/divergence.h"
 #include "bindings/records.h"
-#include "bindings/topk.h"
 #include "bindings/sparse_divergence.h"
+#include "bindings/topk.h"
 #include "cuda/kernels.h"
 
 #if defined(KD_EMULATED)
