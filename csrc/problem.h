@@ -100,9 +100,8 @@ struct RowProblem {
   EntryRule entry_rule;
   bool fresh_gradients = false;  // nobody has written them yet: their pages may be missing
 
-  void* statistics =
-      nullptr;  // [rows, statistics_count]; of a divergence on a GPU, what the forward leaves to the backward
-  int64_t* argmax = nullptr;  // [rows, 2]
+  void* statistics = nullptr;  // [rows, statistics_count]; of divergences on a GPU, what one launch leaves to the next
+  int64_t* argmax = nullptr;   // [rows, 2]
 };
 
 constexpr int statistics_count = 10;

@@ -11,8 +11,13 @@ namespace kd::cuda {
 // Columns of what the forward of a divergence leaves to its backward.
 constexpr int saved_statistics = 9;
 
+// Columns, double, of what the launches of a sparse divergence leave to each other.
+constexpr int sparse_statistics = 8;
+
 std::string divergence_forward(const RowProblem& problem, void* stream);
 std::string divergence_backward(const RowProblem& problem, void* stream);
+std::string sparse_divergence(SparseProblem& problem, void* stream);
+std::string token_statistics(const RowProblem& problem, void* stream);
 
 std::string topk(const TopKProblem& problem, void* stream);
 std::string sample(const SampleProblem& problem, void* stream);

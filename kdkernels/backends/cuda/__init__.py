@@ -12,6 +12,8 @@ from kdkernels.backends.cuda.divergence import (
 )
 from kdkernels.backends.cuda.launching import status, supports
 from kdkernels.backends.cuda.records import pack_records, unpack_records
+from kdkernels.backends.cuda.sparse_divergence import sparse_divergence_fused
+from kdkernels.backends.cuda.token_statistics import token_statistics
 from kdkernels.backends.cuda.topk import sample, topk
 
 __all__ = [
@@ -22,11 +24,24 @@ __all__ = [
     "divergence_fused",
     "pack_records",
     "sample",
+    "sparse_divergence_fused",
     "status",
     "supports",
+    "token_statistics",
     "topk",
     "unpack_records",
 ]
 
 FAMILIES = ("divergence", "linear_divergence", "compositions", "records", "relation", "token_set", "topk")
+FAMILIES = (
+    "divergence",
+    "linear_divergence",
+    "compositions",
+    "relation",
+    "token_statistics",
+    "topk",
+    "records",
+    "sparse_divergence",
+    "token_set",
+)
 """The kernel families that this backend serves."""
