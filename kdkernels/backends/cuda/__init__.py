@@ -32,7 +32,6 @@ __all__ = [
     "unpack_records",
 ]
 
-FAMILIES = ("divergence", "linear_divergence", "compositions", "records", "relation", "token_set", "topk")
 FAMILIES = (
     "divergence",
     "linear_divergence",
