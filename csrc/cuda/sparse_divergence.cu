@@ -436,7 +436,7 @@ __global__ void __launch_bounds__(most_threads) rest_kernel(SparseProblem proble
 }
 
 template <class Real>
-__global__ void __launch_bounds__(outcome_threads) outcomes_kernel(SparseProblem problem) {
+__global__ void __launch_bounds__(outcome_threads, 1) outcomes_kernel(SparseProblem problem) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (outcome_threads / warp_lanes) + threadIdx.x / warp_lanes;
   if (row >= problem.rows) return;
   if (!problem.active || problem.active[row]) {

@@ -26,6 +26,13 @@ __all__ = [
     "token_statistics",
 ]
 
-FAMILIES = ("divergence", "linear_divergence", "relation", "sparse_divergence", "token_set", "token_statistics")
-FAMILIES = ("divergence", "linear_divergence", "compositions", "relation", "token_set")
+FAMILIES = (
+    "divergence",
+    "linear_divergence",
+    "compositions",
+    "relation",
+    "sparse_divergence",
+    "token_set",
+    "token_statistics",
+)
 """The kernel families that this backend serves."""
