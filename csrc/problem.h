@@ -169,7 +169,8 @@ struct RecordProblem {
   float* decoded_log_probs = nullptr;
   float* decoded_log_tail_mass = nullptr;
 
-  int64_t wrong_row = 0;  // the result: the first row that is malformed, or `rows`
+  int64_t wrong_row = 0;      // the result: the first row that is malformed, or `rows`
+  int32_t* faults = nullptr;  // [rows], in its place on a GPU: whether a row is malformed
 };
 
 // Rows of the `topk` family. Arrays whose element type is not said hold the compute type: double if

@@ -19,4 +19,12 @@ std::string divergence_backward(const RowProblem& problem, void* stream);
 std::string sparse_divergence(SparseProblem& problem, void* stream);
 std::string token_statistics(const RowProblem& problem, void* stream);
 
+std::string topk(const TopKProblem& problem, void* stream);
+std::string sample(const SampleProblem& problem, void* stream);
+
+// To pack, the entries of a row come by ascending id, those that are none behind them, and `data` holds zeros up to a whole
+// number of words of 32 bits.
+std::string pack_records(const RecordProblem& problem, void* stream);
+std::string unpack_records(const RecordProblem& problem, void* stream);
+
 }  // namespace kd::cuda

@@ -80,6 +80,30 @@ struct BlockSums {
   }
 };
 
+// The sum of the values of a warp's lanes up to this one.
+template <class Value>
+__device__ __forceinline__ Value sum_up_to_lane(Value value) {
+  const int lane = static_cast<int>(threadIdx.x) % warp_lanes;
+  for (int distance = 1; distance < warp_lanes; distance *= 2) {
+    const Value lower = __shfl_up_sync(full_warp, value, distance);
+    if (lane >= distance) value += lower;
+  }
+  return value;
+}
+
+// The sum of the values of a block's threads up to this one. `scratch` holds one value per warp, and is free again after the
+// next block barrier.
+template <class Value>
+__device__ __forceinline__ Value sum_up_to_thread(Value value, SharedView<Value> scratch) {
+  const int warp = static_cast<int>(threadIdx.x) / warp_lanes;
+  value = sum_up_to_lane(value);
+  if (static_cast<int>(threadIdx.x) % warp_lanes == warp_lanes - 1) scratch[warp] = value;
+  __syncthreads();
+  Value before = 0;
+  for (int i = 0; i < warp; ++i) before += scratch[i];
+  return before + value;
+}
+
 // The same over the blocks of a cluster, which share a row: through each other's shared memory, in the order of their ranks.
 template <class Real>
 struct ClusterSums {
