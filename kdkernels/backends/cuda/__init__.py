@@ -36,14 +36,11 @@ FAMILIES = (
     "divergence",
     "linear_divergence",
     "compositions",
+    "records",
     "relation",
     "sparse_divergence",
     "token_set",
     "token_statistics",
-    "token_statistics",
     "topk",
-    "records",
-    "sparse_divergence",
-    "token_set",
 )
 """The kernel families that this backend serves."""
