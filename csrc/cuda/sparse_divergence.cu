@@ -21,6 +21,11 @@ constexpr double nothing = -1e30;          // the logarithm of the probability o
 constexpr double hole = -1e30;             // stands for a logit that is left out
 
 constexpr int most_threads = 256;
+
+// Blocks of a sweep that a multiprocessor must have room for: what their registers allow without spilling any.
+template <class Real>
+constexpr int least_blocks = sizeof(Real) == 8 ? 3 : 4;
+
 constexpr int outcome_threads = 128;
 constexpr int word_bits = 32;
 constexpr int64_t most_marked = 1 << 18;  // columns that have their bits in shared memory at a time: 32 KB
@@ -223,10 +228,8 @@ struct Outcomes {
       value = warp_total(value), sum_terms = warp_total(sum_terms);
       return problem.constants.data ? value - entries.constant() : value;
     }
-    if (outside == problem.vocab && (entries.is(Policy::renormalize) || entries.is(Policy::drop))) {
-      log_affinity = INFINITY;
+    if (outside == problem.vocab && (entries.is(Policy::renormalize) || entries.is(Policy::drop)))
       return 0;  // says nothing
-    }
     if (kind == Kind::renyi) {
       Online<double> own{nothing, 0};
       for_each([&](int64_t id, int64_t place) {
@@ -378,7 +381,8 @@ struct Parts {
 };
 
 template <class Real, bool general>
-__global__ void __launch_bounds__(most_threads) rest_kernel(SparseProblem problem, bool adjacent, int64_t marked) {
+__global__ void __launch_bounds__(most_threads, least_blocks<Real>)
+    rest_kernel(SparseProblem problem, bool adjacent, int64_t marked) {
   constexpr int entries = general ? 1 : most_entries;
   constexpr Real to_binary = static_cast<Real>(log2_e);
   KD_DYNAMIC_SHARED(unsigned, words);
@@ -436,7 +440,7 @@ __global__ void __launch_bounds__(most_threads) rest_kernel(SparseProblem proble
 }
 
 template <class Real>
-__global__ void __launch_bounds__(outcome_threads) outcomes_kernel(SparseProblem problem) {
+__global__ void __launch_bounds__(outcome_threads, 1) outcomes_kernel(SparseProblem problem) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (outcome_threads / warp_lanes) + threadIdx.x / warp_lanes;
   if (row >= problem.rows) return;
   if (!problem.active || problem.active[row]) {
@@ -448,7 +452,8 @@ __global__ void __launch_bounds__(outcome_threads) outcomes_kernel(SparseProblem
 }
 
 template <class Real, bool general>
-__global__ void __launch_bounds__(most_threads) gradient_kernel(SparseProblem problem, bool adjacent, int64_t marked) {
+__global__ void __launch_bounds__(most_threads, least_blocks<Real>)
+    gradient_kernel(SparseProblem problem, bool adjacent, int64_t marked) {
   constexpr int entries = general ? 1 : most_entries;
   constexpr Real to_binary = static_cast<Real>(log2_e);
   KD_DYNAMIC_SHARED(unsigned, words);

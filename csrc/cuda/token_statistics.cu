@@ -85,8 +85,12 @@ struct Side {
 
 constexpr int most_threads = 256;
 
+// Blocks that a multiprocessor must have room for: what their registers allow without spilling any.
+template <class Real>
+constexpr int least_blocks = sizeof(Real) == 8 ? 2 : 3;
+
 template <class Real, bool general>
-__global__ void __launch_bounds__(most_threads)
+__global__ void __launch_bounds__(most_threads, least_blocks<Real>)
     token_statistics_kernel(RowProblem problem, Composition of_student, Composition of_teacher, bool adjacent) {
   constexpr int entries = general ? 1 : most_entries;
   constexpr Real to_natural = static_cast<Real>(log_2);

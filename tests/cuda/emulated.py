@@ -11,7 +11,9 @@ from torch import Tensor
 import kdkernels as kd
 from kdkernels.backends import cuda as backend
 from kdkernels.backends.cuda.launching import module
+from kdkernels.backends.cuda.sparse_divergence import SPARSE_STATISTICS
 from kdkernels.backends.rows import RowSpec
+from kdkernels.backends.sparse_rows import SparseRows
 from kdkernels.validation.comparison import Finding, Target, validate
 
 UNTOUCHED = 7.0
@@ -58,6 +60,40 @@ def divergence(
     grad_cross_entropy = None if spec.labels is None else grad_divergence
     values = backend.divergence_fused(student, teacher, spec, grad_divergence, grad_cross_entropy, *views)
     return *values, to_student, to_teacher
+
+
+def sparse_divergence(
+    student: Tensor,
+    teacher: SparseRows,
+    spec: RowSpec,
+    grad_divergence: Tensor | None,
+    grad_cross_entropy: Tensor | None = None,
+    in_place: bool = False,
+    offset: int = 0,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(divergence, cross_entropy, grad_student); with an `offset`, rows begin there in longer ones of odd length.
+
+    What surrounds the gradient's rows then must stay as it was.
+    """
+    rows, vocab = student.shape
+    surrounding = 2 * offset + 1 if offset else 0
+    within = slice(offset, offset + vocab)
+    logits = student.new_full((rows, vocab + surrounding), torch.nan)
+    logits[:, within] = student
+    gradient = logits if in_place else torch.full_like(logits, UNTOUCHED)
+    wanted = None if grad_divergence is None else gradient[:, within]
+    around = gradient.clone()
+    values = backend.sparse_divergence_fused(
+        logits[:, within], teacher, spec, grad_divergence, grad_cross_entropy, wanted
+    )
+    around[:, within] = gradient[:, within]
+    torch.testing.assert_close(gradient, around, rtol=0, atol=0, equal_nan=True)
+    return *values, None if wanted is None else wanted.contiguous()
+
+
+def sparse_statistics() -> tuple[int, int]:
+    """Columns of what the launches of a sparse divergence leave to each other, by the kernels and by the backend."""
+    return module().SPARSE_STATISTICS, SPARSE_STATISTICS
 
 
 def refusal(function: str, *arguments: Any, **options: Any) -> str:

@@ -36,11 +36,11 @@ FAMILIES = (
     "divergence",
     "linear_divergence",
     "compositions",
-    "relation",
-    "token_statistics",
-    "topk",
     "records",
+    "relation",
     "sparse_divergence",
     "token_set",
+    "token_statistics",
+    "topk",
 )
 """The kernel families that this backend serves."""

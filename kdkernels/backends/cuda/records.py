@@ -9,7 +9,7 @@ from kdkernels import records
 from kdkernels.backends.compiled.records import call_kernel, empty_rows
 from kdkernels.backends.cuda.launching import LIBRARY
 
-__all__ = ["pack_records", "unpack_records"]
+__all__ = ["pack_records", "unpack_located", "unpack_records"]
 
 _WORD = 4
 """Bytes that the kernel writes at once."""
@@ -39,6 +39,13 @@ def unpack_records(data: Tensor, counts: Tensor, vocab: int, bits: int, width: i
     """See ``kdkernels.reference.records.unpack_records``."""
     data, counts = data.contiguous(), counts.contiguous()
     offsets = records.record_offsets(data, counts, vocab, bits, width)
+    return unpack_located(data, counts, offsets, vocab, bits, width)
+
+
+def unpack_located(
+    data: Tensor, counts: Tensor, offsets: Tensor, vocab: int, bits: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of records that lie in the data and begin at ``offsets``, int64 ``[N]``."""
     rows = empty_rows(data, len(counts), width)
     if len(counts):
         faults = torch.empty_like(counts)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from kdkernels.backends.compiled import sparse_divergence as compiled
 from kdkernels.backends.cuda.launching import LIBRARY
+from kdkernels.backends.cuda.records import unpack_located
 from kdkernels.backends.rows import RowSpec
 from kdkernels.backends.sparse_rows import Policy, SparseRows
-from kdkernels.reference.records import unpack_records
 
 __all__ = ["SPARSE_STATISTICS", "sparse_divergence_fused"]
 
@@ -26,7 +26,7 @@ def sparse_divergence_fused(
     grad_student: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The values and, where `grad_student` is given, the gradient."""
-    teacher = teacher.unpacked(student.shape[1], unpack_records)
+    teacher = unpacked(teacher, student.shape[1])
     if teacher.policy == Policy.SAMPLED:
         teacher = sorted_by_id(teacher)
     statistics = student.new_empty(student.shape[0], SPARSE_STATISTICS, dtype=torch.float64)
@@ -40,6 +40,17 @@ def sparse_divergence_fused(
         grad_student,
         statistics=statistics,
     )
+
+
+def unpacked(teacher: SparseRows, vocab: int) -> SparseRows:
+    """Records as rows of entries, by a launch of its own: none is malformed before a gradient is written."""
+    if teacher.records is None:
+        return teacher
+    data, counts, bits, offsets = teacher.records.located(vocab)
+    assert offsets is not None
+    width = int(counts.max()) if len(counts) else 0
+    rows = unpack_located(data, counts.contiguous(), offsets.contiguous(), vocab, bits, width)
+    return SparseRows(teacher.policy, *rows)
 
 
 def sorted_by_id(teacher: SparseRows) -> SparseRows:
