@@ -245,7 +245,8 @@ struct PairProblem {
   PairSide student;
   PairSide teacher;
 
-  void* distance = nullptr;     // [problems, student rows, teacher rows]
+  int64_t parts = 1;            // of the vocabulary, on a GPU: the sums of each lie one after another
+  void* distance = nullptr;     // [parts, problems, student rows, teacher rows]
   void* signed_mass = nullptr;  // the same, of sum x sign(x - y); null: not wanted
   const void* grad = nullptr;   // the same: what the result gives to each distance
 };

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "bindings/divergence.h"
+#include "bindings/pairwise_l1.h"
 #include "cuda/kernels.h"
 
 #if defined(KD_EMULATED)
@@ -80,4 +81,7 @@ PYBIND11_MODULE(KD_MODULE_NAME, module) {
   module.attr("SAVED_STATISTICS") = cuda::saved_statistics;
   module.def("divergence_forward", &divergence<Device, &on_gpu<&cuda::divergence_forward, RowProblem>>);
   module.def("divergence_backward", &divergence<Device, &on_gpu<&cuda::divergence_backward, RowProblem>>);
+  module.def("pairwise_normalisers",
+             &pairwise_normalisers<Device, &on_gpu<&cuda::pairwise_normalisers, PairNormalisers>>);
+  module.def("pairwise_l1", &pairwise_l1<Device, &on_gpu<&cuda::pairwise_l1, PairProblem>, int64_t>);
 }

@@ -14,4 +14,7 @@ constexpr int saved_statistics = 9;
 std::string divergence_forward(const RowProblem& problem, void* stream);
 std::string divergence_backward(const RowProblem& problem, void* stream);
 
+std::string pairwise_normalisers(const PairNormalisers& problem, void* stream);
+std::string pairwise_l1(const PairProblem& problem, void* stream);
+
 }  // namespace kd::cuda

@@ -11,6 +11,7 @@ from kdkernels.backends.cuda.divergence import (
     divergence_fused,
 )
 from kdkernels.backends.cuda.launching import status, supports
+from kdkernels.backends.cuda.pairwise_l1 import pairwise_l1_backward, pairwise_l1_forward, pairwise_normalisers
 
 __all__ = [
     "FAMILIES",
@@ -18,9 +19,12 @@ __all__ = [
     "divergence_backward",
     "divergence_forward",
     "divergence_fused",
+    "pairwise_l1_backward",
+    "pairwise_l1_forward",
+    "pairwise_normalisers",
     "status",
     "supports",
 ]
 
-FAMILIES = ("divergence", "linear_divergence", "relation", "token_set")
+FAMILIES = ("divergence", "linear_divergence", "pairwise_l1", "relation", "token_set")
 """The kernel families that this backend serves."""
