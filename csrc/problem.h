@@ -341,6 +341,8 @@ struct SinkhornProblem {
   double epsilon_decay = 0.5;
   int64_t max_iterations = 0;
 
+  double* scratch = nullptr;  // of a GPU: [batch, vectors, rows + columns], see cuda/kernels.h
+
   // Written by the forward, read by the backward; the histories [batch, max_iterations, ..] may be null.
   double* f = nullptr;  // [batch, rows]
   double* g = nullptr;  // [batch, columns]

@@ -6,6 +6,7 @@
 
 #include "bindings/divergence.h"
 #include "bindings/pairwise_l1.h"
+#include "bindings/sinkhorn.h"
 #include "cuda/kernels.h"
 
 #if defined(KD_EMULATED)
@@ -84,4 +85,9 @@ PYBIND11_MODULE(KD_MODULE_NAME, module) {
   module.def("pairwise_normalisers",
              &pairwise_normalisers<Device, &on_gpu<&cuda::pairwise_normalisers, PairNormalisers>>);
   module.def("pairwise_l1", &pairwise_l1<Device, &on_gpu<&cuda::pairwise_l1, PairProblem>, int64_t>);
+  module.attr("SINKHORN_VECTORS") = cuda::sinkhorn_vectors;
+  module.attr("SINKHORN_GRADIENT_VECTORS") = cuda::sinkhorn_gradient_vectors;
+  module.def("sinkhorn", &sinkhorn<Device, &on_gpu<&cuda::sinkhorn, SinkhornProblem>, Address>);
+  module.def("sinkhorn_gradient",
+             &sinkhorn_gradient<Device, &on_gpu<&cuda::sinkhorn_gradient, SinkhornGradientProblem>, Address>);
 }

@@ -17,4 +17,10 @@ std::string divergence_backward(const RowProblem& problem, void* stream);
 std::string pairwise_normalisers(const PairNormalisers& problem, void* stream);
 std::string pairwise_l1(const PairProblem& problem, void* stream);
 
+// Vectors of doubles, as long as rows and columns together, that each problem has in its scratch.
+constexpr int sinkhorn_vectors = 7, sinkhorn_gradient_vectors = 13;
+
+std::string sinkhorn(const SinkhornProblem& problem, void* stream);
+std::string sinkhorn_gradient(const SinkhornGradientProblem& problem, void* stream);
+
 }  // namespace kd::cuda

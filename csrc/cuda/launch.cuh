@@ -12,6 +12,13 @@ namespace kd::cuda {
 
 using LaunchStream = void*;
 
+inline int64_t most_shared_bytes() { return 48 << 10; }
+
+template <class Kernel>
+std::string allow_shared_bytes(const char*, Kernel*, int64_t) {
+  return {};
+}
+
 template <class... Parameters, class... Arguments>
 std::string launch(const char* name, void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
                    size_t shared_bytes, LaunchStream, Arguments... arguments) {
@@ -28,6 +35,22 @@ std::string launch(const char* name, void (*kernel)(Parameters...), unsigned blo
 #else
 
 using LaunchStream = cudaStream_t;
+
+// Shared memory that a block can have on the current device.
+inline int64_t most_shared_bytes() {
+  int device = 0, bytes = 48 << 10;
+  if (cudaGetDevice(&device) == cudaSuccess)
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+}
+
+// Lets a kernel have that much of it besides what it declares; more than 48 KiB in all must be asked for.
+template <class Kernel>
+std::string allow_shared_bytes(const char* name, Kernel* kernel, int64_t bytes) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  return error == cudaSuccess ? std::string() : std::string(name) + ": " + cudaGetErrorString(error);
+}
 
 template <class... Parameters, class... Arguments>
 std::string launch(const char* name, void (*kernel)(Parameters...), unsigned blocks, unsigned threads,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -37,3 +38,37 @@ def pair_gradients(student: Tensor, teacher: Tensor, grad: Tensor, places: tuple
     normalisers = [found.student_normalisers, found.teacher_normalisers]
     row_backend("cuda").pairwise_l1_backward(*given, spec, normalisers, grad.unsqueeze(0), centres, *into)
     return into
+
+
+Problem = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def transport(
+    problem: Problem, options: dict[str, Any], weights: dict[str, Tensor], backend: str = "cuda"
+) -> dict[str, Tensor]:
+    """Results of ``sinkhorn``, and the gradients of the sum of ``weights`` times the results that they name."""
+    leaves = [None if tensor is None else tensor.detach().clone().requires_grad_() for tensor in problem]
+    cost = leaves[0]
+    assert cost is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it has not converged
+        result = kd.sinkhorn(cost, *leaves[1:], backend=backend, **options)
+    found = {name: getattr(result, name) for name in ("distance", "value", "f", "g", "marginal_error")}
+    found["plan"] = result.plan()
+    terms = [(found[name] * weight.to(found[name].dtype)).sum() for name, weight in weights.items()]
+    if terms:
+        torch.stack(terms).sum().backward()
+    found |= {
+        f"gradient to {name}": leaf.grad
+        for name, leaf in zip(("cost", "a", "b"), leaves, strict=True)
+        if leaf is not None and leaf.grad is not None
+    }
+    return {name: each.detach() for name, each in found.items()} | {"iterations": result.iterations}
+
+
+def fault(cost: Tensor) -> str:
+    try:
+        kd.sinkhorn(cost, epsilon=0.1, max_iterations=2, backend="cuda")
+    except ValueError as error:
+        return str(error)
+    return ""

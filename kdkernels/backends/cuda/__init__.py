@@ -12,19 +12,23 @@ from kdkernels.backends.cuda.divergence import (
 )
 from kdkernels.backends.cuda.launching import status, supports
 from kdkernels.backends.cuda.pairwise_l1 import pairwise_l1_backward, pairwise_l1_forward, pairwise_normalisers
+from kdkernels.backends.cuda.sinkhorn import SINKHORN_POTENTIALS, sinkhorn_backward, sinkhorn_forward
 
 __all__ = [
     "FAMILIES",
     "SAVED_STATISTICS",
+    "SINKHORN_POTENTIALS",
     "divergence_backward",
     "divergence_forward",
     "divergence_fused",
     "pairwise_l1_backward",
     "pairwise_l1_forward",
     "pairwise_normalisers",
+    "sinkhorn_backward",
+    "sinkhorn_forward",
     "status",
     "supports",
 ]
 
-FAMILIES = ("divergence", "linear_divergence", "pairwise_l1", "relation", "token_set")
+FAMILIES = ("divergence", "linear_divergence", "pairwise_l1", "relation", "sinkhorn", "token_set")
 """The kernel families that this backend serves."""
