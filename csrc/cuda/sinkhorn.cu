@@ -272,7 +272,7 @@ struct Iterations : Transport<Real> {
 };
 
 template <class Real>
-__global__ void __launch_bounds__(most_transport_threads) sinkhorn_kernel(SinkhornProblem problem, bool kept) {
+__global__ void __launch_bounds__(most_transport_threads, 1) sinkhorn_kernel(SinkhornProblem problem, bool kept) {
   KD_DYNAMIC_SHARED(Real, matrix);
   KD_SHARED(double, partial, most_transport_threads);
   KD_SHARED(double, sums, warp_lanes);

@@ -290,7 +290,7 @@ struct Gradient : Transport<Real> {
 };
 
 template <class Real>
-__global__ void __launch_bounds__(most_transport_threads)
+__global__ void __launch_bounds__(most_transport_threads, 1)
     sinkhorn_gradient_kernel(SinkhornGradientProblem problem, bool kept) {
   KD_DYNAMIC_SHARED(Real, matrix);
   KD_SHARED(double, partial, most_transport_threads);
