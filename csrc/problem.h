@@ -245,7 +245,8 @@ struct PairProblem {
   PairSide student;
   PairSide teacher;
 
-  void* distance = nullptr;     // [problems, student rows, teacher rows]
+  int64_t parts = 1;            // of the vocabulary, on a GPU: the sums of each lie one after another
+  void* distance = nullptr;     // [parts, problems, student rows, teacher rows]
   void* signed_mass = nullptr;  // the same, of sum x sign(x - y); null: not wanted
   const void* grad = nullptr;   // the same: what the result gives to each distance
 };
@@ -339,6 +340,8 @@ struct SinkhornProblem {
   double epsilon_start = 0;
   double epsilon_decay = 0.5;
   int64_t max_iterations = 0;
+
+  double* scratch = nullptr;  // of a GPU: [batch, vectors, rows + columns], see cuda/kernels.h
 
   // Written by the forward, read by the backward; the histories [batch, max_iterations, ..] may be null.
   double* f = nullptr;  // [batch, rows]

@@ -5,7 +5,9 @@
 #include <utility>
 
 #include "bindings/divergence.h"
+#include "bindings/pairwise_l1.h"
 #include "bindings/records.h"
+#include "bindings/sinkhorn.h"
 #include "bindings/sparse_divergence.h"
 #include "bindings/topk.h"
 #include "cuda/kernels.h"
@@ -90,4 +92,12 @@ PYBIND11_MODULE(KD_MODULE_NAME, module) {
   module.def("unpack_records", &unpack_records<Device, &on_gpu<&cuda::unpack_records, RecordProblem>>);
   module.def("sparse_divergence", &sparse_divergence<Device, &on_gpu<&cuda::sparse_divergence, SparseProblem>>);
   module.def("token_statistics", &token_statistics<Device, &on_gpu<&cuda::token_statistics, RowProblem>>);
+  module.def("pairwise_normalisers",
+             &pairwise_normalisers<Device, &on_gpu<&cuda::pairwise_normalisers, PairNormalisers>>);
+  module.def("pairwise_l1", &pairwise_l1<Device, &on_gpu<&cuda::pairwise_l1, PairProblem>, int64_t>);
+  module.attr("SINKHORN_VECTORS") = cuda::sinkhorn_vectors;
+  module.attr("SINKHORN_GRADIENT_VECTORS") = cuda::sinkhorn_gradient_vectors;
+  module.def("sinkhorn", &sinkhorn<Device, &on_gpu<&cuda::sinkhorn, SinkhornProblem>, Address>);
+  module.def("sinkhorn_gradient",
+             &sinkhorn_gradient<Device, &on_gpu<&cuda::sinkhorn_gradient, SinkhornGradientProblem>, Address>);
 }

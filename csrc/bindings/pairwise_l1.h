@@ -31,14 +31,15 @@ PairSide pair_side(int64_t rows, const Matrix& logits, double temperature, doubl
           reinterpret_cast<const void*>(centres)};
 }
 
-template <class Place, void (*run)(Place, PairProblem&)>
+// `Parts`: on a GPU the number of the vocabulary's parts, else nothing.
+template <class Place, void (*run)(Place, PairProblem&), class... Parts>
 void pairwise_l1(Place place, bool compute_double, int64_t problems, int64_t vocab, int64_t student_rows,
                  Address student, int64_t student_stride, int student_dtype, double student_temperature,
                  double student_softcap, Address student_normalisers, Address grad_student, int64_t grad_student_stride,
                  Address student_centres, int64_t teacher_rows, Address teacher, int64_t teacher_stride,
                  int teacher_dtype, double teacher_temperature, double teacher_softcap, Address teacher_normalisers,
                  Address grad_teacher, int64_t grad_teacher_stride, Address teacher_centres, Address distance,
-                 Address signed_mass, Address grad) {
+                 Address signed_mass, Address grad, Parts... parts) {
   PairProblem problem;
   problem.problems = problems;
   problem.vocab = vocab;
@@ -52,6 +53,7 @@ void pairwise_l1(Place place, bool compute_double, int64_t problems, int64_t voc
   problem.distance = reinterpret_cast<void*>(distance);
   problem.signed_mass = reinterpret_cast<void*>(signed_mass);
   problem.grad = reinterpret_cast<const void*>(grad);
+  if constexpr (sizeof...(Parts) == 1) problem.parts = (parts, ...);
   run(place, problem);
 }
 

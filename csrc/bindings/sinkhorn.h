@@ -34,12 +34,13 @@ void fill(SinkhornProblem& problem, bool compute_double, int64_t batch, int64_t 
   problem.g_history = reinterpret_cast<double*>(g_history);
 }
 
-template <class Place, void (*run)(Place, SinkhornProblem&)>
+// `Scratch`: on a GPU the address of doubles to work on, else nothing.
+template <class Place, void (*run)(Place, SinkhornProblem&), class... Scratch>
 void sinkhorn(Place place, bool compute_double, int64_t batch, int64_t rows, int64_t columns, Address cost, Address a,
               Address b, Address row_lengths, Address column_lengths, Address start, double epsilon, double tolerance,
               double row_reach, double column_reach, double epsilon_start, double epsilon_decay, int64_t max_iterations,
               Address f, Address g, Address iterations, Address f_history, Address g_history, Address distance,
-              Address value, Address error, Address status) {
+              Address value, Address error, Address status, Scratch... scratch) {
   SinkhornProblem problem;
   fill(problem, compute_double, batch, rows, columns, cost, a, b, row_lengths, column_lengths, start, epsilon,
        tolerance, row_reach, column_reach, epsilon_start, epsilon_decay, max_iterations, f, g, iterations, f_history,
@@ -48,17 +49,18 @@ void sinkhorn(Place place, bool compute_double, int64_t batch, int64_t rows, int
   problem.value = reinterpret_cast<void*>(value);
   problem.error = reinterpret_cast<void*>(error);
   problem.status = reinterpret_cast<int32_t*>(status);
+  if constexpr (sizeof...(Scratch) == 1) problem.scratch = (reinterpret_cast<double*>(scratch), ...);
   run(place, problem);
 }
 
-template <class Place, void (*run)(Place, SinkhornGradientProblem&)>
+template <class Place, void (*run)(Place, SinkhornGradientProblem&), class... Scratch>
 void sinkhorn_gradient(Place place, bool compute_double, int64_t batch, int64_t rows, int64_t columns, Address cost,
                        Address a, Address b, Address row_lengths, Address column_lengths, Address start, double epsilon,
                        double tolerance, double row_reach, double column_reach, double epsilon_start,
                        double epsilon_decay, int64_t max_iterations, Address f, Address g, Address iterations,
                        Address f_history, Address g_history, int gradient, double solver_tolerance,
                        Address grad_distance, Address grad_value, Address grad_f, Address grad_g, Address grad_cost,
-                       Address grad_a, Address grad_b) {
+                       Address grad_a, Address grad_b, Scratch... scratch) {
   SinkhornGradientProblem problem;
   fill(problem, compute_double, batch, rows, columns, cost, a, b, row_lengths, column_lengths, start, epsilon,
        tolerance, row_reach, column_reach, epsilon_start, epsilon_decay, max_iterations, f, g, iterations, f_history,
@@ -72,6 +74,7 @@ void sinkhorn_gradient(Place place, bool compute_double, int64_t batch, int64_t 
   problem.grad_cost = reinterpret_cast<void*>(grad_cost);
   problem.grad_a = reinterpret_cast<void*>(grad_a);
   problem.grad_b = reinterpret_cast<void*>(grad_b);
+  if constexpr (sizeof...(Scratch) == 1) problem.scratch = (reinterpret_cast<double*>(scratch), ...);
   run(place, problem);
 }
 

@@ -27,4 +27,13 @@ std::string sample(const SampleProblem& problem, void* stream);
 std::string pack_records(const RecordProblem& problem, void* stream);
 std::string unpack_records(const RecordProblem& problem, void* stream);
 
+std::string pairwise_normalisers(const PairNormalisers& problem, void* stream);
+std::string pairwise_l1(const PairProblem& problem, void* stream);
+
+// Vectors of doubles, as long as rows and columns together, that each problem has in its scratch.
+constexpr int sinkhorn_vectors = 7, sinkhorn_gradient_vectors = 13;
+
+std::string sinkhorn(const SinkhornProblem& problem, void* stream);
+std::string sinkhorn_gradient(const SinkhornGradientProblem& problem, void* stream);
+
 }  // namespace kd::cuda

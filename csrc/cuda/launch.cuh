@@ -23,6 +23,12 @@ using LaunchStream = void*;
 // A small device, so that tests see rows shared by blocks.
 inline int multiprocessors() { return 8; }
 inline bool has_clusters() { return true; }
+inline int64_t most_shared_bytes() { return 48 << 10; }
+
+template <class Kernel>
+std::string allow_shared_bytes(const char*, Kernel*, int64_t) {
+  return {};
+}
 
 template <class... Parameters, class... Arguments>
 std::string launch(const char* name, void (*kernel)(Parameters...), Grid grid, unsigned threads, size_t shared_bytes,
@@ -68,6 +74,19 @@ inline int attribute_of_current_device(cudaDeviceAttr attribute, int otherwise) 
 
 inline int multiprocessors() { return attribute_of_current_device(cudaDevAttrMultiProcessorCount, 1); }
 inline bool has_clusters() { return attribute_of_current_device(cudaDevAttrClusterLaunch, 0) != 0; }
+
+// Shared memory that a block can have on the current device.
+inline int64_t most_shared_bytes() {
+  return attribute_of_current_device(cudaDevAttrMaxSharedMemoryPerBlockOptin, 48 << 10);
+}
+
+// Lets a kernel have that much of it besides what it declares; more than 48 KiB in all must be asked for.
+template <class Kernel>
+std::string allow_shared_bytes(const char* name, Kernel* kernel, int64_t bytes) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  return error == cudaSuccess ? std::string() : std::string(name) + ": " + cudaGetErrorString(error) + way_out(error);
+}
 
 template <class... Parameters, class... Arguments>
 std::string launch(const char* name, void (*kernel)(Parameters...), Grid grid, unsigned threads, size_t shared_bytes,

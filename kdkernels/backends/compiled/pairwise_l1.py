@@ -64,6 +64,7 @@ def _launch(
     distance: Tensor | None = None,
     signed_mass: Tensor | None = None,
     grad: Tensor | None = None,
+    extra: tuple[int, ...] = (),
 ) -> None:
     library.module().pairwise_l1(
         library.place(student),
@@ -75,6 +76,7 @@ def _launch(
         address(distance),
         address(signed_mass),
         address(grad),
+        *extra,
     )
 
 
@@ -85,9 +87,12 @@ def pairwise_l1_forward(
     spec: PairSpec,
     normalisers: Sequence[Tensor],
     with_signs: bool,
+    parts: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    distance = student.new_empty(spec.shape, dtype=compute_dtype(student, teacher))
-    signed_mass = distance.new_empty(spec.shape if with_signs else 0)
+    """With ``parts``, which a GPU is told, the sums of so many parts of the vocabulary: ``[parts, B, n, m]``."""
+    shape = spec.shape if parts is None else (parts, *spec.shape)
+    distance = student.new_empty(shape, dtype=compute_dtype(student, teacher))
+    signed_mass = distance.new_empty(shape if with_signs else 0)
     _launch(
         library,
         student,
@@ -96,6 +101,7 @@ def pairwise_l1_forward(
         normalisers,
         distance=distance,
         signed_mass=signed_mass if with_signs else None,
+        extra=() if parts is None else (parts,),
     )
     return distance, signed_mass
 
@@ -110,5 +116,7 @@ def pairwise_l1_backward(
     centres: Sequence[Tensor],
     grad_student: Tensor | None,
     grad_teacher: Tensor | None,
+    parts: int | None = None,
 ) -> None:
-    _launch(library, student, teacher, spec, normalisers, centres, (grad_student, grad_teacher), grad=grad)
+    extra = () if parts is None else (parts,)
+    _launch(library, student, teacher, spec, normalisers, centres, (grad_student, grad_teacher), grad=grad, extra=extra)

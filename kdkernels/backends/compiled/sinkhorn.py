@@ -58,8 +58,15 @@ def history(batch: int, steps: int, size: int, device: torch.device) -> Tensor:
 
 
 def sinkhorn_forward(
-    library: Library, cost: Tensor, a: Tensor, b: Tensor, spec: TransportSpec, keep_history: bool
+    library: Library,
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    spec: TransportSpec,
+    keep_history: bool,
+    scratch: Tensor | None = None,
 ) -> TransportValues:
+    """``scratch``: of a GPU, which is told of it besides."""
     batch, n, m = cost.shape
     steps = spec.max_iterations if keep_history else 0
     values = TransportValues(
@@ -81,6 +88,7 @@ def sinkhorn_forward(
         values.value.data_ptr(),
         values.error.data_ptr(),
         values.status.data_ptr(),
+        *(() if scratch is None else (scratch.data_ptr(),)),
     )
     return values
 
@@ -97,6 +105,7 @@ def sinkhorn_backward(
     grad_cost: Tensor | None,
     grad_a: Tensor | None,
     grad_b: Tensor | None,
+    scratch: Tensor | None = None,
 ) -> None:
     computed = cost.to(a.dtype)
     into = grad_cost if grad_cost is None or grad_cost.dtype == a.dtype else torch.empty_like(computed)
@@ -109,6 +118,7 @@ def sinkhorn_backward(
         address(into),
         address(grad_a),
         address(grad_b),
+        *(() if scratch is None else (scratch.data_ptr(),)),
     )
     if grad_cost is not None and into is not None and into is not grad_cost:
         grad_cost.copy_(into)

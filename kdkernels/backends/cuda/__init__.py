@@ -11,7 +11,9 @@ from kdkernels.backends.cuda.divergence import (
     divergence_fused,
 )
 from kdkernels.backends.cuda.launching import status, supports
+from kdkernels.backends.cuda.pairwise_l1 import pairwise_l1_backward, pairwise_l1_forward, pairwise_normalisers
 from kdkernels.backends.cuda.records import pack_records, unpack_records
+from kdkernels.backends.cuda.sinkhorn import SINKHORN_POTENTIALS, sinkhorn_backward, sinkhorn_forward
 from kdkernels.backends.cuda.sparse_divergence import sparse_divergence_fused
 from kdkernels.backends.cuda.token_statistics import token_statistics
 from kdkernels.backends.cuda.topk import sample, topk
@@ -19,11 +21,17 @@ from kdkernels.backends.cuda.topk import sample, topk
 __all__ = [
     "FAMILIES",
     "SAVED_STATISTICS",
+    "SINKHORN_POTENTIALS",
     "divergence_backward",
     "divergence_forward",
     "divergence_fused",
     "pack_records",
+    "pairwise_l1_backward",
+    "pairwise_l1_forward",
+    "pairwise_normalisers",
     "sample",
+    "sinkhorn_backward",
+    "sinkhorn_forward",
     "sparse_divergence_fused",
     "status",
     "supports",
@@ -36,11 +44,13 @@ FAMILIES = (
     "divergence",
     "linear_divergence",
     "compositions",
-    "records",
     "relation",
-    "sparse_divergence",
-    "token_set",
     "token_statistics",
     "topk",
+    "records",
+    "sparse_divergence",
+    "token_set",
+    "pairwise_l1",
+    "sinkhorn",
 )
 """The kernel families that this backend serves."""

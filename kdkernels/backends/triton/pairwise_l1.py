@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdkernels.backends.in_place import shares_storage
 from kdkernels.backends.rows import PairSpec, Tempering, compute_dtype
 from kdkernels.backends.triton.launching import load_kernels, on_device_of, precision, prepare_launch, warp_size
 
@@ -124,10 +125,6 @@ def pairwise_l1_backward(
         gradient_of(grad_teacher, spec.problems, *sides[::-1], grad)
     if late is not None and grad_student is not None:
         late.copy_(grad_student)
-
-
-def shares_storage(first: Tensor, second: Tensor) -> bool:
-    return first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
 
 
 def gradient_of(gradient: Tensor, problems: int, own_side: Any, other_side: Any, grad: Tensor) -> None:
