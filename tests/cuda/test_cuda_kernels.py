@@ -34,17 +34,24 @@ DIVERGENCES: list[Divergence] = [
 Emulated = Callable[..., Any]
 
 
-def plan(divergences: list[Divergence], dtypes: list[torch.dtype]) -> list[Target]:
-    return make_plan(["cuda"], divergences, dtypes, quick=True)
-
-
 def name(target: Target) -> str:
     divergence = "" if target.divergence is None else repr(target.divergence)
     return f"{target.operation} {divergence} {str(target.dtype).removeprefix('torch.')}".replace("  ", " ")
 
 
-EVERYTHING = plan(DIVERGENCES, [torch.float32])
-OTHER_DTYPES = plan([kd.ForwardKL(), kd.JSD(0.3)], [torch.bfloat16, torch.float16, torch.float64])
+OF_ROWS = ("divergence", "sparse_divergence", "token_statistics", "topk_logits", "pairwise_l1")
+"""The operations that convert what they read, each in its own way."""
+
+EVERYTHING = make_plan(["cuda"], DIVERGENCES, [torch.float32], quick=True)
+OTHER_DTYPES = [
+    target
+    for dtype, operations in (
+        (torch.bfloat16, (*OF_ROWS, "linear_divergence")),
+        (torch.float16, ("divergence",)),
+        (torch.float64, (*OF_ROWS, "sinkhorn")),
+    )
+    for target in make_plan(["cuda"], [kd.JSD(0.3)], [dtype], quick=True, operations=operations)
+]
 QUICK = [target for target in EVERYTHING if target.operation == "divergence" and target.divergence == kd.JSD(0.3)]
 
 
