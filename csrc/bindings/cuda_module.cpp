@@ -29,7 +29,9 @@ using Device = std::pair<int, Address>;
 
 #if defined(KD_EMULATED)
 
-void make_current(int) {}
+struct OnDevice {
+  explicit OnDevice(int) {}
+};
 
 std::string device_error() { return ""; }
 
@@ -37,12 +39,22 @@ py::tuple versions() { return py::make_tuple(0, 0); }
 
 #else
 
-// The runtime that is linked in here keeps a current device of its own.
-void make_current(int device) {
-  const cudaError_t error = cudaSetDevice(device);
-  if (error != cudaSuccess)
-    throw std::runtime_error("cuda:" + std::to_string(device) + " cannot be used: " + cudaGetErrorString(error));
-}
+// Makes a device current while it lives. The driver's current device is PyTorch's too, so it is put back.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    cudaError_t error = cudaGetDevice(&before_);
+    if (error == cudaSuccess && before_ != device) error = cudaSetDevice(device);
+    if (error != cudaSuccess)
+      throw std::runtime_error("cuda:" + std::to_string(device) + " cannot be used: " + cudaGetErrorString(error));
+  }
+  ~OnDevice() { cudaSetDevice(before_); }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+};
 
 std::string device_error() {
   int devices = 0;
@@ -64,7 +76,7 @@ void on_gpu(Device device, Problem& problem) {
   std::string error;
   {
     py::gil_scoped_release release;
-    make_current(device.first);
+    const OnDevice current(device.first);
     error = kernels(problem, reinterpret_cast<void*>(device.second));
   }
   if (!error.empty()) throw std::runtime_error("cuda:" + std::to_string(device.first) + ", " + error);
