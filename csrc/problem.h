@@ -100,9 +100,8 @@ struct RowProblem {
   EntryRule entry_rule;
   bool fresh_gradients = false;  // nobody has written them yet: their pages may be missing
 
-  void* statistics =
-      nullptr;  // [rows, statistics_count]; of a divergence on a GPU, what the forward leaves to the backward
-  int64_t* argmax = nullptr;  // [rows, 2]
+  void* statistics = nullptr;  // [rows, statistics_count]; of divergences on a GPU, what one launch leaves to the next
+  int64_t* argmax = nullptr;   // [rows, 2]
 };
 
 constexpr int statistics_count = 10;
@@ -170,7 +169,8 @@ struct RecordProblem {
   float* decoded_log_probs = nullptr;
   float* decoded_log_tail_mass = nullptr;
 
-  int64_t wrong_row = 0;  // the result: the first row that is malformed, or `rows`
+  int64_t wrong_row = 0;      // the result: the first row that is malformed, or `rows`
+  int32_t* faults = nullptr;  // [rows], in its place on a GPU: whether a row is malformed
 };
 
 // Rows of the `topk` family. Arrays whose element type is not said hold the compute type: double if

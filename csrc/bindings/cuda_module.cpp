@@ -5,6 +5,9 @@
 #include <utility>
 
 #include "bindings/divergence.h"
+#include "bindings/records.h"
+#include "bindings/sparse_divergence.h"
+#include "bindings/topk.h"
 #include "cuda/kernels.h"
 
 #if defined(KD_EMULATED)
@@ -78,6 +81,13 @@ PYBIND11_MODULE(KD_MODULE_NAME, module) {
   module.def("run_faulty", &emulation::run_faulty);
 #endif
   module.attr("SAVED_STATISTICS") = cuda::saved_statistics;
+  module.attr("SPARSE_STATISTICS") = cuda::sparse_statistics;
   module.def("divergence_forward", &divergence<Device, &on_gpu<&cuda::divergence_forward, RowProblem>>);
   module.def("divergence_backward", &divergence<Device, &on_gpu<&cuda::divergence_backward, RowProblem>>);
+  module.def("topk", &topk<Device, &on_gpu<&cuda::topk, TopKProblem>>);
+  module.def("sample", &sample<Device, &on_gpu<&cuda::sample, SampleProblem>>);
+  module.def("pack_records", &pack_records<Device, &on_gpu<&cuda::pack_records, RecordProblem>>);
+  module.def("unpack_records", &unpack_records<Device, &on_gpu<&cuda::unpack_records, RecordProblem>>);
+  module.def("sparse_divergence", &sparse_divergence<Device, &on_gpu<&cuda::sparse_divergence, SparseProblem>>);
+  module.def("token_statistics", &token_statistics<Device, &on_gpu<&cuda::token_statistics, RowProblem>>);
 }

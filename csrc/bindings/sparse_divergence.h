@@ -18,7 +18,7 @@ int64_t sparse_divergence(Place place, bool compute_double, int64_t rows, int64_
                           Address cross_entropy, Address grad_divergence, Address grad_cross_entropy,
                           Address grad_student, int64_t grad_student_stride, Address student_counts,
                           Address student_summaries, double tolerance, bool stochastic, uint64_t seed,
-                          int64_t first_row, Address parameters) {
+                          int64_t first_row, Address parameters, Address statistics) {
   SparseProblem problem;
   static_cast<RowProblem&>(problem) =
       sides(compute_double, rows, vocab, matrix(student, student_stride, student_dtype), Matrix(),
@@ -46,6 +46,7 @@ int64_t sparse_divergence(Place place, bool compute_double, int64_t rows, int64_
   problem.grad_cross_entropy = per_row(0, grad_cross_entropy);
   problem.grad_student = matrix(grad_student, grad_student_stride, student_dtype);
   problem.fresh_gradients = true;
+  problem.statistics = reinterpret_cast<void*>(statistics);
   problem.student_entries = entry_lists(student_counts, student_summaries);
   problem.entry_rule = {tolerance, stochastic, seed, first_row};
   run(place, problem);

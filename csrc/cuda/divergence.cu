@@ -37,8 +37,16 @@ static_assert(teacher_target + 1 == saved_statistics);
 constexpr int any = -1;
 constexpr Kind any_kind = static_cast<Kind>(any);
 
+constexpr int most_threads = 256;
+
+// Of the plain kernels, so many blocks run side by side on a multiprocessor: it leaves each thread the registers it needs.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int plain_blocks = 2;  // its compiler keeps more in them
+#else
+constexpr int plain_blocks = 3;
+#endif
 template <int number>
-constexpr int most_threads = number == any ? 256 : 512;
+constexpr int least_blocks = number == any ? 1 : plain_blocks;
 
 // Those that are sums of terms.
 #define KD_FOR_ADDITIVE_KINDS(KD_CASE) \
@@ -131,7 +139,7 @@ __device__ __forceinline__ TargetTerm<Real> target_term(Real student_odds, Real 
 }
 
 template <class Real, int number>
-__global__ void __launch_bounds__(most_threads<number>)
+__global__ void __launch_bounds__(most_threads, least_blocks<number>)
     forward_kernel(RowProblem problem, Compositions compositions, bool adjacent) {
   constexpr Kind kind = static_cast<Kind>(number);
   constexpr bool general = number == any;
@@ -303,7 +311,7 @@ __device__ __forceinline__ void gradients_at(Kind now, Real log_p, Real log_q, R
 }
 
 template <class Real, int number>
-__global__ void __launch_bounds__(most_threads<number>)
+__global__ void __launch_bounds__(most_threads, least_blocks<number>)
     backward_kernel(RowProblem problem, Compositions compositions, bool adjacent) {
   constexpr Kind kind = static_cast<Kind>(number);
   constexpr bool general = number == any;
@@ -386,7 +394,7 @@ std::string run(const RowProblem& problem, const Compositions& compositions, voi
   return launch(forward ? "divergence_forward" : "divergence_backward",
                 forward ? forward_kernel<Real, number> : backward_kernel<Real, number>,
                 forward ? Grid(rows * cluster, 1, cluster) : Grid(rows, blocks),
-                threads_for(problem.vocab, general ? 1 : most_entries, most_threads<number>), 0,
+                threads_for(problem.vocab, general ? 1 : most_entries, most_threads), 0,
                 static_cast<LaunchStream>(stream), problem, compositions, !general && adjacent(problem, compositions));
 }
 

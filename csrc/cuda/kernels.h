@@ -11,7 +11,20 @@ namespace kd::cuda {
 // Columns of what the forward of a divergence leaves to its backward.
 constexpr int saved_statistics = 9;
 
+// Columns, double, of what the launches of a sparse divergence leave to each other.
+constexpr int sparse_statistics = 8;
+
 std::string divergence_forward(const RowProblem& problem, void* stream);
 std::string divergence_backward(const RowProblem& problem, void* stream);
+std::string sparse_divergence(SparseProblem& problem, void* stream);
+std::string token_statistics(const RowProblem& problem, void* stream);
+
+std::string topk(const TopKProblem& problem, void* stream);
+std::string sample(const SampleProblem& problem, void* stream);
+
+// To pack, the entries of a row come by ascending id, those that are none behind them, and `data` holds zeros up to a whole
+// number of words of 32 bits.
+std::string pack_records(const RecordProblem& problem, void* stream);
+std::string unpack_records(const RecordProblem& problem, void* stream);
 
 }  // namespace kd::cuda

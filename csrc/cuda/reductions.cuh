@@ -24,12 +24,19 @@ __device__ __forceinline__ Online<Real> merged(Online<Real> a, Online<Real> b, R
   return {max, a.sum * KD_ISA::math::exp2((a.max - max) * scale) + b.sum * KD_ISA::math::exp2((b.max - max) * scale)};
 }
 
+// The combination of a value of every lane of a warp, known to all of them.
+template <class Value, class Combine>
+__device__ __forceinline__ Value over_warp(Value value, Combine combine) {
+  for (int distance = warp_lanes / 2; distance; distance /= 2)
+    value = combine(value, combine.shuffled(value, distance));
+  return value;
+}
+
 // The combination of a value of every thread, known to all of them. `scratch` holds one value per warp, and is free again
 // after the next block barrier. The number of threads is a multiple of 32.
 template <class Value, class Combine>
 __device__ __forceinline__ Value over_block(Value value, SharedView<Value> scratch, Combine combine) {
-  for (int distance = warp_lanes / 2; distance; distance /= 2)
-    value = combine(value, combine.shuffled(value, distance));
+  value = over_warp(value, combine);
   const int warps = static_cast<int>(blockDim.x) / warp_lanes;
   if (warps == 1) return value;
   const int thread = static_cast<int>(threadIdx.x);
@@ -72,6 +79,30 @@ struct BlockSums {
     return found;
   }
 };
+
+// The sum of the values of a warp's lanes up to this one.
+template <class Value>
+__device__ __forceinline__ Value sum_up_to_lane(Value value) {
+  const int lane = static_cast<int>(threadIdx.x) % warp_lanes;
+  for (int distance = 1; distance < warp_lanes; distance *= 2) {
+    const Value lower = __shfl_up_sync(full_warp, value, distance);
+    if (lane >= distance) value += lower;
+  }
+  return value;
+}
+
+// The sum of the values of a block's threads up to this one. `scratch` holds one value per warp, and is free again after the
+// next block barrier.
+template <class Value>
+__device__ __forceinline__ Value sum_up_to_thread(Value value, SharedView<Value> scratch) {
+  const int warp = static_cast<int>(threadIdx.x) / warp_lanes;
+  value = sum_up_to_lane(value);
+  if (static_cast<int>(threadIdx.x) % warp_lanes == warp_lanes - 1) scratch[warp] = value;
+  __syncthreads();
+  Value before = 0;
+  for (int i = 0; i < warp; ++i) before += scratch[i];
+  return before + value;
+}
 
 // The same over the blocks of a cluster, which share a row: through each other's shared memory, in the order of their ranks.
 template <class Real>

@@ -28,7 +28,7 @@ enum class Kind : int {
 
 // Which formula a row follows whose parameter is its own: without skew the mixture is the other distribution, and the
 // plain KL is exact also where that underflows.
-constexpr Kind kind_of_row(Kind kind, double a) {
+KD_INLINE constexpr Kind kind_of_row(Kind kind, double a) {
   return a != 0                          ? kind
          : kind == Kind::skew_forward_kl ? Kind::forward_kl
          : kind == Kind::skew_reverse_kl ? Kind::reverse_kl

@@ -175,13 +175,22 @@ KD_INLINE float distance_weight(float distance) {
   return bit_cast<float>(0x3F800000 - static_cast<int32_t>(distance * 12102203.0f));  // 2^23 log2(e)
 }
 
+// What the weights of errors are multiplied by: an error is below 14 N units, so that a weighted square stays below 2^25.
+KD_INLINE float error_weight_unit(int bits) { return bits == 8 ? 2 : bits == 6 ? 32 : 512; }
+
+// The weighted square of the error that the nearest code makes.
+KD_INLINE int32_t weighted_error(const Quantiser& quantiser, int32_t units, float weight) {
+  const float code = static_cast<float>(quantiser.nearest(units));
+  const float error = static_cast<float>(units) - quantiser.units(code);
+  return static_cast<int32_t>(error * error * weight);
+}
+
 // The shape with the smallest weighted squared error; of equals the first.
 KD_INLINE int best_shape(const float* log_probs, int64_t count, float largest, int bits, float reach,
                          float half_units_per_nat) {
   constexpr int block = 64;
   const int32_t whole_range = Quantiser::whole_range(bits);
-  // An error is below 14 N units, so that a weighted square stays below 2^25 and a block's sum below 2^31.
-  const float weight_unit = bits == 8 ? 2 : bits == 6 ? 32 : 512;
+  const float weight_unit = error_weight_unit(bits);
   uint64_t errors[record_shapes] = {};
   for (int64_t start = 0; start < count; start += block) {
     const int n = static_cast<int>(count - start < block ? count - start : block);
@@ -196,13 +205,9 @@ KD_INLINE int best_shape(const float* log_probs, int64_t count, float largest, i
     }
     for (int shape = 0; shape < record_shapes; ++shape) {
       const Quantiser quantiser(bits, shape);
-      int32_t sum = 0;
+      int32_t sum = 0;  // a block's is below 2^31
 #pragma omp simd reduction(+ : sum)
-      for (int i = 0; i < n; ++i) {
-        const float code = static_cast<float>(quantiser.nearest(units[i]));
-        const float error = static_cast<float>(units[i]) - quantiser.units(code);
-        sum += static_cast<int32_t>(error * error * weights[i]);
-      }
+      for (int i = 0; i < n; ++i) sum += weighted_error(quantiser, units[i], weights[i]);
       errors[shape] += static_cast<uint64_t>(sum);
     }
   }
@@ -230,6 +235,14 @@ KD_INLINE int32_t head_code(double log_head, double log_tail) {
   return record_head_middle + static_cast<int32_t>(code < -limit ? -limit : code > limit ? limit : code);
 }
 
+// The code of the range that holds this distance, if one does.
+KD_INLINE int32_t range_code(float distance) {
+  const float longest = distance * record_range_unit;
+  int32_t range = longest < record_ranges ? static_cast<int32_t>(longest) : record_ranges;
+  if (range < record_ranges && (static_cast<float>(range) < longest || range == 0)) ++range;
+  return range;
+}
+
 // Writes the record of `count` >= 1 entries: ids ascending and within the vocabulary, log_probs
 // finite. A log_tail_mass of -inf says that the entries have all the mass; they do if they are the
 // whole vocabulary.
@@ -250,9 +263,7 @@ KD_INLINE void encode_record(const int32_t* ids_ascending, const float* log_prob
   if (format.bits == 16) {
     for (int64_t i = 0; i < count; ++i) writer.put(bfloat16_bits(largest - log_probs[i]), 16);
   } else {
-    const float longest = (largest - smallest) * record_range_unit;
-    int32_t range = longest < record_ranges ? static_cast<int32_t>(longest) : record_ranges;
-    if (range < record_ranges && (static_cast<float>(range) < longest || range == 0)) ++range;
+    const int32_t range = range_code(largest - smallest);
     const int32_t whole_range = Quantiser::whole_range(format.bits);
     const float reach = static_cast<float>(range) / record_range_unit;
     const float half_units_per_nat = static_cast<float>(2 * whole_range) / reach;
@@ -283,6 +294,25 @@ KD_INLINE void encode_record(const int32_t* ids_ascending, const float* log_prob
   }
   writer.put_zeros(((format.vocab - 1) >> low) - high);
   writer.finish();
+}
+
+// What the code of the head mass says.
+struct HeadMass {
+  double log_head;
+  double log_tail;
+
+  explicit KD_INLINE HeadMass(int code) : log_head(0), log_tail(-INFINITY) {
+    if (code == record_no_tail) return;
+    const double logit = static_cast<double>(code - record_head_middle) / record_head_unit;
+    const double rest = std::log1p(std::exp(logit < 0 ? logit : -logit));
+    log_head = (logit < 0 ? logit : 0) - rest;
+    log_tail = (logit < 0 ? 0 : -logit) - rest;
+  }
+};
+
+// Nats per unit of the distances of a record of 4, 6 or 8 bits, whose second number is `scale`.
+KD_INLINE double nats_per_unit(int scale, int bits) {
+  return static_cast<double>(scale >> 4) / record_range_unit / Quantiser::whole_range(bits);
 }
 
 // Reads the record of `count` entries: ids ascending, log p over the full vocabulary, the logarithm
@@ -334,7 +364,7 @@ KD_INLINE bool decode_record(const uint8_t* record, RecordFormat format, int64_t
   } else {
     const int scale = record[2] | record[3] << 8;
     const Quantiser quantiser(format.bits, scale & (record_shapes - 1));
-    per_unit = static_cast<double>(scale >> 4) / record_range_unit / Quantiser::whole_range(format.bits);
+    per_unit = nats_per_unit(scale, format.bits);
     for (int64_t i = 0; i < count; ++i) {
       const int32_t code = static_cast<int32_t>(code_fields.next());
       anchored |= code == 0;
@@ -349,15 +379,9 @@ KD_INLINE bool decode_record(const uint8_t* record, RecordFormat format, int64_t
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < count; ++i) sum += exp(static_cast<double>(log_probs[i]) * -per_unit);
-  double log_head = 0;
-  *log_tail_mass = -INFINITY;
-  if (head != record_no_tail) {
-    const double logit = static_cast<double>(head - record_head_middle) / record_head_unit;
-    const double rest = std::log1p(std::exp(logit < 0 ? logit : -logit));
-    log_head = (logit < 0 ? logit : 0) - rest;
-    *log_tail_mass = static_cast<float>((logit < 0 ? 0 : -logit) - rest);
-  }
-  const double log_scale = log_head - log(sum);
+  const HeadMass mass(head);
+  *log_tail_mass = static_cast<float>(mass.log_tail);
+  const double log_scale = mass.log_head - log(sum);
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i)
     log_probs[i] = static_cast<float>(log_scale - static_cast<double>(log_probs[i]) * per_unit);

@@ -12,7 +12,7 @@ import importlib.util
 import warnings
 from typing import Any, NamedTuple
 
-__all__ = ["BackendStatus", "backends", "row_backend", "select", "serves"]
+__all__ = ["BackendStatus", "able", "backends", "row_backend", "select", "serves"]
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 BEST = {"cpu": ("cpu",)}
@@ -86,17 +86,26 @@ select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
+def able(device: str, family: str) -> tuple[tuple[str, ...], str]:
+    """The backends that have the family for a type of device, best first, and why the best of all is not among them."""
+    names, reasons = [], []
+    for name in BEST.get(device, BEST_ELSEWHERE):
+        usable, reason = row_backend(name).supports(device)
+        if usable:
+            usable, reason = serves(name, family)
+        if usable:
+            names.append(name)
+        reasons.append("" if usable else reason)
+    return tuple(names), reasons[0]
+
+
+@functools.cache
 def choose(requested: str | None, device: str, family: str) -> str:
     if requested is None:
-        reasons = {}
-        for name in BEST.get(device, BEST_ELSEWHERE):
-            able, reasons[name] = row_backend(name).supports(device)
-            if able:
-                able, reasons[name] = serves(name, family)
-            if able:
-                return name
-        best = next(iter(reasons))
-        warn_fallback(best, reasons[best])
+        names, reason = able(device, family)
+        if names:
+            return names[0]
+        warn_fallback(BEST.get(device, BEST_ELSEWHERE)[0], reason)
         return "reference"
     if requested not in NAMES:
         raise ValueError(f"backend must be None or one of {', '.join(NAMES)}, got {requested!r}")

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from kdkernels import arguments
-from kdkernels.backends import row_backend
+from kdkernels.backends import able, row_backend
 from kdkernels.backends import select as select_backend
 from kdkernels.reference import records as records_reference
 from kdkernels.sources import PackedLogits, TopKLogits
@@ -61,7 +61,8 @@ def unpack(packed: PackedLogits) -> TopKLogits:
 
 
 def records_room(tensor: Tensor | None, function: str) -> Any:
-    """The module that does this to records on the device of the tensor: the best backend's if it can, or the reference."""
-    name = "reference" if tensor is None else select_backend(None, tensor.device.type, "records")
-    module = records_reference if name == "reference" else row_backend(name)
-    return module if hasattr(module, function) else records_reference
+    """The module that does this to records on the device of the tensor: that of the best backend that can, or the reference."""
+    if tensor is None or select_backend(None, tensor.device.type, "records") == "reference":
+        return records_reference
+    names, _ = able(tensor.device.type, "records")
+    return next((module for module in map(row_backend, names) if hasattr(module, function)), records_reference)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,6 +67,18 @@ def refusal(function: str, *arguments: Any, **options: Any) -> str:
     except (TypeError, ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def topk_logits(logits: Tensor, k: int, options: dict[str, Any]) -> kd.TopKLogits:
+    return kd.topk_logits(logits, k, **options)
+
+
+def refused_or(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns, or the text of the ValueError that it raises."""
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        return str(error)
 
 
 def faulty_kernels() -> list[str]:

@@ -26,6 +26,7 @@ def sparse_divergence_fused(
     grad_cross_entropy: Tensor | None,
     grad_student: Tensor | None,
     lists: EntryLists | None = None,
+    statistics: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     rows, vocab = student.shape
     divergence = student.new_empty(rows, dtype=compute_dtype(student, None))
@@ -58,6 +59,7 @@ def sparse_divergence_fused(
         *lists_arguments(lists),
         *rounding_arguments(spec),
         address(spec.parameters),
+        address(statistics),
     )
     if wrong < rows:
         records.refuse_record(wrong)

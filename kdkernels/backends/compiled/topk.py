@@ -25,7 +25,8 @@ def topk(library: Library, logits: Tensor, k: int, tempering: Tempering) -> tupl
     log_probs = logits.new_empty(rows, k, dtype=compute_dtype(logits, None))
     log_tail_mass = log_probs.new_empty(rows)
     results = ids.data_ptr(), log_probs.data_ptr(), log_tail_mass.data_ptr()
-    library.module().topk(*_source(library, logits), tempering.temperature, tempering.softcap, k, *results)
+    if rows:
+        library.module().topk(*_source(library, logits), tempering.temperature, tempering.softcap, k, *results)
     return ids, log_probs, log_tail_mass
 
 
@@ -33,6 +34,8 @@ def sample(library: Library, logits: Tensor, uniforms: Tensor, tempering: Temper
     ids = logits.new_empty(uniforms.shape, dtype=torch.int64)
     weights = logits.new_empty(uniforms.shape, dtype=compute_dtype(logits, None))
     entropy = weights.new_empty(uniforms.shape[0])
+    if not len(uniforms):
+        return ids, weights, entropy
     uniforms = uniforms.contiguous()
     library.module().sample(
         *_source(library, logits),

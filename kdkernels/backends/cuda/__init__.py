@@ -11,6 +11,10 @@ from kdkernels.backends.cuda.divergence import (
     divergence_fused,
 )
 from kdkernels.backends.cuda.launching import status, supports
+from kdkernels.backends.cuda.records import pack_records, unpack_records
+from kdkernels.backends.cuda.sparse_divergence import sparse_divergence_fused
+from kdkernels.backends.cuda.token_statistics import token_statistics
+from kdkernels.backends.cuda.topk import sample, topk
 
 __all__ = [
     "FAMILIES",
@@ -18,9 +22,25 @@ __all__ = [
     "divergence_backward",
     "divergence_forward",
     "divergence_fused",
+    "pack_records",
+    "sample",
+    "sparse_divergence_fused",
     "status",
     "supports",
+    "token_statistics",
+    "topk",
+    "unpack_records",
 ]
 
-FAMILIES = ("divergence", "linear_divergence", "compositions", "relation", "token_set")
+FAMILIES = (
+    "divergence",
+    "linear_divergence",
+    "compositions",
+    "relation",
+    "token_statistics",
+    "topk",
+    "records",
+    "sparse_divergence",
+    "token_set",
+)
 """The kernel families that this backend serves."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends.compiled.library import Library
+from kdkernels.backends.devices import gpu, why_no_gpu
 
 __all__ = ["LIBRARY", "status", "supports"]
 
@@ -69,9 +70,7 @@ def why_no_device(extension: ModuleType) -> str:
         driver, runtime = extension.versions()
         installed = f"the driver supports CUDA {dotted(driver)}" if driver else "no driver is installed"
         return f"{error} ({installed}; the kernels were built with CUDA {dotted(runtime)})"
-    if not torch.cuda.is_available():
-        return "this PyTorch finds no CUDA device" if torch.version.cuda else "this PyTorch is built without CUDA"
-    return ""
+    return "" if torch.cuda.is_available() else why_no_gpu()
 
 
 @functools.cache
@@ -86,7 +85,7 @@ def status() -> tuple[bool, str]:
     if reason:
         return False, reason
     devices = range(torch.cuda.device_count())
-    served = [torch.cuda.get_device_name(index) for index in devices if capable(index)]
+    served = [gpu(index).name for index in devices if capable(index)]
     if not served:
         return False, too_old(0)
     return True, f"{', '.join(sorted(set(served)))}; built with CUDA {dotted(extension.versions()[1])}"
@@ -111,7 +110,7 @@ def too_old(index: int) -> str:
     major, minor = torch.cuda.get_device_capability(index)
     least = ".".join(map(str, LEAST_CAPABILITY))
     return (
-        f"cuda:{index} ({torch.cuda.get_device_name(index)}) has compute capability {major}.{minor}, and the CUDA kernels "
+        f"cuda:{index} ({gpu(index).name}) has compute capability {major}.{minor}, and the CUDA kernels "
         f"need {least} or later; use backend='triton' or 'reference'"
     )
 
