@@ -24,8 +24,8 @@ TARGET_KL = tl.constexpr(4)
 def log1p(u):
     """log(1 + u) for u from -1/2 to 1, with all digits however small u is."""
     above = 1.0 + u
-    # What the sum has lost, by the slope of the logarithm.
-    return tl.log2(above) * LN_2 + (u - (above - 1.0)) / above
+    # What the sum has lost, by the slope of the logarithm, 1 / (1 + u), which is 1 - u where the loss matters.
+    return tl.log2(above) * LN_2 + (u - (above - 1.0)) * (1.0 - u)
 
 
 @triton.jit
@@ -64,8 +64,41 @@ def entry_terms(x, y, FORM: tl.constexpr):
             value = factor * x + log1p(u)
         else:
             crossing = positive.to(x.dtype) - teacher_positive.to(x.dtype)
-            value = factor * (x - y) + crossing * y + log1p((u - w) / (1.0 + w))
+            value = factor * (x - y) + crossing * y + log1p((u - w) * (1.0 + u) * both)
     return value, gradient
+
+
+@triton.jit
+def accumulate_entries(
+    total,
+    student_row,
+    teacher_row,
+    gradient_row,
+    columns,
+    vocab_size,
+    student_scale,
+    teacher_scale,
+    student_cap,
+    teacher_cap,
+    factor,
+    HAS_STUDENT_CAP: tl.constexpr,
+    HAS_TEACHER_CAP: tl.constexpr,
+    FORM: tl.constexpr,
+    MASKED: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """The lanes' sums over one more tile, whose gradient it writes if there is a row for it."""
+    valid = columns < vocab_size
+    s, tanh = load_logits(student_row, columns, valid, student_cap, HAS_STUDENT_CAP, MASKED, "evict_first", COMPUTE)
+    t, _ = load_logits(teacher_row, columns, valid, teacher_cap, HAS_TEACHER_CAP, MASKED, "evict_first", COMPUTE)
+    if MASKED and (FORM == TARGET_CROSS_ENTROPY or FORM == TARGET_KL):
+        t = tl.where(valid, t, 0.0)
+    value, gradient = entry_terms(s * student_scale, t * teacher_scale, FORM)
+    if MASKED:
+        value = tl.where(valid, value, 0.0)
+    if gradient_row is not None:
+        store_gradient(gradient_row + columns, factor * gradient, s, tanh, valid, HAS_STUDENT_CAP, MASKED)
+    return total + lane_sum(value)
 
 
 @triton.jit(do_not_specialize=["student_stride", "teacher_stride", "gradient_stride", "vocab_size"])
@@ -99,6 +132,8 @@ def bernoulli_kernel(
     student, teacher: [N, V] logits (or targets), adjacent columns, row strides in vectors of WIDTH logits; grad_student: the
     same, or None; it may be `student` itself. values: [N] in COMPUTE; grad_values: [N], or None (ones). active: bool [N];
     temperatures: [N]; each may be None.
+
+    Whole tiles go without a mask, so that their loads are vectors at any vocabulary size; smaller masked ones follow.
     """
     row = tl.program_id(0)
     gradient_row = grad_student
@@ -119,19 +154,18 @@ def bernoulli_kernel(
     if grad_values is not None:
         factor *= tl.load(grad_values + row).to(COMPUTE)
     columns = tile_columns(UNROLL, LANES, WIDTH)
+    TILE: tl.constexpr = UNROLL * LANES * WIDTH
+    whole = vocab_size // TILE * TILE
     total = tl.zeros((LANES,), COMPUTE)
-    for start in range(0, vocab_size, UNROLL * LANES * WIDTH):
-        valid = start + columns < vocab_size
-        s, tanh = load_logits(
-            student_row, start + columns, valid, student_cap, HAS_STUDENT_CAP, True, "evict_first", COMPUTE
-        )
-        t, _ = load_logits(
-            teacher_row, start + columns, valid, teacher_cap, HAS_TEACHER_CAP, True, "evict_first", COMPUTE
-        )
-        if FORM == TARGET_CROSS_ENTROPY or FORM == TARGET_KL:
-            t = tl.where(valid, t, 0.0)
-        value, gradient = entry_terms(s * student_scale, t * teacher_scale, FORM)
-        total += lane_sum(tl.where(valid, value, 0.0))
-        if grad_student is not None:
-            store_gradient(gradient_row + start + columns, factor * gradient, s, tanh, valid, HAS_STUDENT_CAP, True)
+    for start in range(0, whole, TILE):
+        total = accumulate_entries(
+            total, student_row, teacher_row, gradient_row, start + columns, vocab_size, student_scale, teacher_scale,
+            student_cap, teacher_cap, factor, HAS_STUDENT_CAP, HAS_TEACHER_CAP, FORM, False, COMPUTE,
+        )  # fmt: skip
+    rest_columns = tile_columns(1, LANES, WIDTH)
+    for start in range(whole, vocab_size, LANES * WIDTH):
+        total = accumulate_entries(
+            total, student_row, teacher_row, gradient_row, start + rest_columns, vocab_size, student_scale,
+            teacher_scale, student_cap, teacher_cap, factor, HAS_STUDENT_CAP, HAS_TEACHER_CAP, FORM, True, COMPUTE,
+        )  # fmt: skip
     tl.store(values + row, tl.sum(total, axis=0))

@@ -324,13 +324,14 @@ def linear_divergence_terms_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def linear_divergence_value_kernel(
-    sums, splits, divergence, statistics, active, a, b, KIND: tl.constexpr, SPLITS: tl.constexpr
+    sums, splits, divergence, statistics, active, parameters, a, b, KIND: tl.constexpr, SPLITS: tl.constexpr
 ):
     """One row of a mixture form: its value and constants from the sums of its splits; grid (N,)."""
     row = tl.program_id(0).to(tl.int64)
     if active is not None:
         if tl.load(active + row) == 0:
             return
+    a = row_scalar(a, parameters, row, tl.float32)
     split = tl.arange(0, SPLITS)
     there = split < splits
     at = sums + row * 3 * splits + split

@@ -128,6 +128,13 @@ FEW_PAIRS_PER_WARP = 512  # where there is more in the registers than one matrix
 MOST_WARPS = {32: 8, 64: 16}
 COLUMN_LANES = 8
 
+MOST_REGISTERS = {("sinkhorn", 32): 168, ("sinkhorn_streamed", 16): 80, ("sinkhorn_implicit", 16): 144}
+"""Of a thread, by the kernel and the pairs that a thread holds, in float32.
+
+NVIDIA's compiler, left alone, may spill a few registers to fit one more program on a multiprocessor. With a limit to keep to it
+does not, and takes fewer than that.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class CostTiling:
@@ -146,6 +153,10 @@ class CostTiling:
     @property
     def columns(self) -> int:
         return self.column_steps * self.column_lanes
+
+    def most_registers(self, kernel: str, warp_size: int) -> int | None:
+        """The limit of ``MOST_REGISTERS``; None: none is needed."""
+        return MOST_REGISTERS.get((kernel, self.rows * self.columns // (self.num_warps * warp_size)))
 
 
 def choose_cost_tiling(
@@ -187,16 +198,22 @@ class LinearTiling:
     strip: int = 2048
 
 
+LINEAR_STAGES = {32: 3, 64: 2}
+"""Steps of a product whose operands are in shared memory at once, by the size of a warp: AMD's CDNA 3 has 64 KiB of it."""
+
 FEWEST_ROWS = 16
 """Of a tile: tensor cores take no fewer."""
 
 
-def choose_linear_tiling(rows: int, itemsize: int, both: bool = False, tf32: bool = False) -> LinearTiling:
+def choose_linear_tiling(
+    rows: int, itemsize: int, both: bool = False, tf32: bool = False, warp_size: int = 32
+) -> LinearTiling:
     """The tiling for so many rows of hidden states, whose wider elements have ``itemsize`` bytes, 2 or 4.
 
     both: whether both sides get a gradient, of which a thread then holds twice as much. tf32: whether float32 may be multiplied so.
     """
     few = max(FEWEST_ROWS, _power_of_two(rows))
+    stages = LINEAR_STAGES[warp_size]
     if itemsize == 4:  # without tensor cores, unless TF32 is allowed
-        return LinearTiling(min(32, few), 64, 32, 64, num_warps=8 if tf32 else 4, num_stages=3)
-    return LinearTiling(min(64, few), 64 if both else 128, 64, 128, num_warps=8, num_stages=3)
+        return LinearTiling(min(32, few), 64, 32, 64, num_warps=8 if tf32 else 4, num_stages=stages)
+    return LinearTiling(min(64, few), 64 if both else 128, 64, 128, num_warps=8, num_stages=stages)

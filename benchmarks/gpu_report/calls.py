@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kdkernels.backends import triton as backend
 from kdkernels.backends.bernoulli import BernoulliForm
-from kdkernels.backends.rows import PairSpec, RowSpec, Tempering
+from kdkernels.backends.chunked_head import Needs
+from kdkernels.backends.rows import PairSpec, RowSpec, Side, Tempering
 from kdkernels.backends.sparse_rows import Policy, SparseRows
 from kdkernels.backends.transport import TransportGradients, TransportSpec, transport_dtype
 from kdkernels.divergences import Kind
@@ -23,7 +24,18 @@ from kdkernels.reference.records import pack_records
 
 __all__ = ["CALLS", "COMPILED", "COUNTED", "DTYPES", "Call", "Sizes", "named"]
 
+MULTIPLIED = 1024
+"""Multiplications that are one unit of work of LM heads: by logits, their figures would grow with the hidden size."""
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Heads(NamedTuple):
+    """The problem of LM heads whose logits are never written."""
+
+    rows: int
+    vocab: int
+    hidden: int
 
 
 class Sizes(NamedTuple):
@@ -35,10 +47,11 @@ class Sizes(NamedTuple):
     """On either side of a transport problem that fits into registers."""
     streamed_points: int
     """On either side of one that does not."""
+    heads: Heads
 
 
-COMPILED = Sizes(rows=2, vocab=151_936, entries=64, points=64, streamed_points=512)
-COUNTED = Sizes(rows=2, vocab=16_384, entries=64, points=64, streamed_points=192)
+COMPILED = Sizes(2, 151_936, entries=64, points=64, streamed_points=512, heads=Heads(4096, 151_936, 4096))
+COUNTED = Sizes(2, 16_384, entries=64, points=64, streamed_points=192, heads=Heads(64, 256, 128))
 """Whole tiles on every target, so that no lane idles and what is counted per logit holds for any whole number of tiles."""
 
 
@@ -90,6 +103,20 @@ def divergence(kind: Kind) -> Callable[[torch.dtype, Sizes], int]:
             student, teacher, divergence_spec(kind), upstream, None, torch.empty_like(student), None
         )
         return student.numel()
+
+    return run
+
+
+def linear_divergence(kind: Kind) -> Callable[[torch.dtype, Sizes], int]:
+    def run(dtype: torch.dtype, sizes: Sizes) -> int:
+        rows, vocab, hidden = sizes.heads
+        # Zeros, since what is counted is the same for all numbers and memory for zeros is not taken before it is written.
+        student, teacher = (
+            Side(torch.zeros(rows, hidden, dtype=dtype), torch.zeros(vocab, hidden, dtype=dtype)) for _ in range(2)
+        )
+        needs = Needs(tensor=True, weight=True, bias=False), Needs(tensor=False, weight=False, bias=False)
+        backend.linear_divergence(student, teacher, divergence_spec(kind), torch.ones(rows), None, needs)
+        return rows * vocab * hidden // MULTIPLIED
 
     return run
 
@@ -214,6 +241,16 @@ def calls() -> Iterator[Call]:
             streams=2,
             dtypes=dtypes(kind == Kind.JSD),
             brief=kind == Kind.JSD,
+        )
+    sweep, sums = ("sweep", "merge"), ("terms", "value")
+    for kind, parts in [(Kind.JSD, (*sweep, *sums)), (Kind.FORWARD_KL, sweep)]:
+        yield Call(
+            "linear_divergence",
+            f"{named(kind)} of two heads",
+            tuple(f"linear_divergence_{part}" for part in (*parts, "gradient", "hidden", "weight")),
+            linear_divergence(kind),
+            unit=f"{MULTIPLIED:,} multiplications of one head's logits",
+            dtypes=dtypes(kind == Kind.JSD),
         )
     yield Call("token_statistics", "", ("token_statistics",), token_statistics, streams=2)
     both = ("sparse_divergence_forward", "sparse_divergence_backward")

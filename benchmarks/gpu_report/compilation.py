@@ -24,6 +24,9 @@ TARGETS = {
 }
 """The arguments of Triton's ``GPUTarget``."""
 
+CHOSEN = ("num_warps", "num_stages", "maxnreg")
+"""Options of the compiler that a launch may choose."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -69,7 +72,8 @@ def recorded(target: str) -> Iterator[list[Launch]]:
         bound, specialization, options = bind(*arguments, **keywords)
         parsed, signature, constants, attributes = self._pack_args(backend, options, bound, specialization, options)
         source = ASTSource(self, signature, constants, attributes)
-        launches.append(Launch(self.__name__, source, gpu, {"num_warps": parsed.num_warps}))
+        chosen = {name: value for name in CHOSEN if (value := getattr(parsed, name, None)) is not None}
+        launches.append(Launch(self.__name__, source, gpu, chosen))
 
     with (
         mock.patch.object(triton.JITFunction, "run", record),

@@ -48,7 +48,7 @@ def parse_usage(text: str) -> list[CudaKernel]:
             numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
             spilled = numbers["STACK"] + numbers["LOCAL"]
             shared = max(0, numbers["SHARED"] - (ARCHITECTURES[target].shared_reserved if target in RESERVING else 0))
-            kernels.append(CudaKernel(target, symbol, Resources(numbers["REG"], spilled, shared, 0, 0, 0, None)))
+            kernels.append(CudaKernel(target, symbol, Resources(numbers["REG"], spilled, shared, 0, 0, 0, 0, None)))
             symbol = ""
     return kernels
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from .calls import CALLS, COMPILED, COUNTED, DTYPES
 from .compilation import TARGETS, CompiledKernel, compile_call
@@ -13,7 +14,9 @@ from .occupancy import ARCHITECTURES, occupancy
 from .roofline import Work, model, work_per_logit
 from .tables import KernelRow, ModelRow, TrafficRow
 
-__all__ = ["compiled_rows", "kernel_row", "modelled_rows", "tasks", "traffic_rows"]
+__all__ = ["compiled_rows", "kernel_row", "modelled_rows", "renewed", "tasks", "traffic_rows"]
+
+CallRow = TypeVar("CallRow", KernelRow, TrafficRow)
 
 ITEMSIZE = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
@@ -61,6 +64,7 @@ def kernel_row(
         warps=warps,
         registers=resources.registers,
         spilled_bytes=resources.spilled_bytes,
+        scalars_in_lanes=resources.scalars_in_lanes,
         shared_bytes=resources.shared_bytes,
         blocks=held.blocks,
         occupancy=held.share,
@@ -112,9 +116,17 @@ def modelled_rows(kernels: Sequence[KernelRow], traffic: Sequence[TrafficRow]) -
     return rows
 
 
-def tasks(quick: bool) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:
+def renewed(before: Sequence[CallRow], new: Sequence[CallRow]) -> list[CallRow]:
+    """Rows of calls: the new ones and, of calls that these are not of, the ones there were, in the order of the calls."""
+    order = {name: place for place, name in enumerate(CALLS)}
+    computed = {row.call for row in new}
+    kept = [row for row in before if row.call in order and row.call not in computed]
+    return sorted([*kept, *new], key=lambda row: order[row.call])
+
+
+def tasks(quick: bool, only: str = "") -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:
     """(what to compile: call, dtype, target; what to count: call, dtype)."""
-    chosen = [call for call in CALLS.values() if call.brief or not quick]
+    chosen = [call for call in CALLS.values() if (call.brief or not quick) and only in call.name]
     dtypes = ["bf16"] if quick else list(DTYPES)
     typed = [(call.name, dtype) for call in chosen for dtype in dtypes if dtype in call.dtypes]
     compiled = [(*each, target) for each in typed for target in TARGETS]

@@ -19,11 +19,13 @@ class Resources:
     registers: int
     """Of a thread: 32-bit registers, on AMD the vector registers of both kinds."""
     spilled_bytes: int
-    """Local memory of a thread; the kernels have no arrays, so all of it is spilled registers."""
+    """Memory of a thread; the kernels have no arrays, so all of it is spilled registers."""
     shared_bytes: int
     """Of a block, static and dynamic."""
     scalar_registers: int
     """Of a wave on AMD; 0 elsewhere."""
+    scalars_in_lanes: int
+    """Scalar registers that AMD's compiler keeps in lanes of a vector register: on the chip, so they are no spill here."""
     vector_loads: int
     """Load instructions of 128 bits, in the text of the program."""
     vector_stores: int
@@ -50,7 +52,8 @@ class Loop:
 def read_resources(compiled: Any) -> Resources:
     """Of what ``triton.compile`` returned."""
     backend = compiled.metadata.target.backend
-    return read_cuda(compiled.asm, compiled.metadata.shared) if backend == "cuda" else read_hip(compiled.asm)
+    read = read_cuda if backend == "cuda" else read_hip
+    return read(compiled.asm, compiled.metadata.shared)
 
 
 def resource_usage(path: str) -> str:
@@ -78,6 +81,7 @@ def read_cuda(asm: Mapping[str, Any], shared_bytes: int = 0) -> Resources:
         spilled_bytes=numbers["STACK"] + numbers["LOCAL"],
         shared_bytes=shared_bytes,
         scalar_registers=0,
+        scalars_in_lanes=0,
         vector_loads=len(re.findall(r"ld\.global[\w.:]*\.(?:v4\.b32|v2\.b64)", ptx)),
         vector_stores=len(re.findall(r"st\.global[\w.:]*\.(?:v4\.b32|v2\.b64)", ptx)),
         shuffles_in_loops=_in_loops(ptx, "shfl"),
@@ -96,18 +100,18 @@ def _in_loops(ptx: str, instruction: str) -> int:
     return sum(instruction in lines[number] for number in inside)
 
 
-def read_hip(asm: Mapping[str, Any]) -> Resources:
+def read_hip(asm: Mapping[str, Any], shared_bytes: int = 0) -> Resources:
     text = asm["amdgcn"]
 
     def number(key: str) -> int:
         return int(re.findall(rf"\.{key}:\s+(\d+)", text)[0])
 
-    spilled_registers = number("vgpr_spill_count") + number("sgpr_spill_count")
     return Resources(
         registers=number("vgpr_count"),
-        spilled_bytes=number("private_segment_fixed_size") + 4 * spilled_registers,
-        shared_bytes=number("group_segment_fixed_size"),
+        spilled_bytes=max(number("private_segment_fixed_size"), 4 * number("vgpr_spill_count")),
+        shared_bytes=max(shared_bytes, number("group_segment_fixed_size")),
         scalar_registers=number("sgpr_count"),
+        scalars_in_lanes=number("sgpr_spill_count"),
         vector_loads=len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
         vector_stores=len(re.findall(r"(?:global|buffer)_store_dwordx4", text)),
         shuffles_in_loops=None,

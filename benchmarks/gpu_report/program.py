@@ -20,6 +20,9 @@ console = Console(stderr=True)
 
 def main(
     quick: Annotated[bool, typer.Option(help="Few kernels and one dtype, in a minute.")] = False,
+    only: Annotated[
+        str, typer.Option(help="Only calls whose names contain this; the others and the peers keep their rows.")
+    ] = "",
     again: Annotated[bool, typer.Option(help="Compile and count nothing: the page anew from its tables.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for gpu.md and gpu/.")] = Path("docs"),
     jobs: Annotated[int, typer.Option(min=1, help="Processes that compile.")] = 2,
@@ -30,14 +33,23 @@ def main(
     """Write what is known of the GPU kernels without a GPU."""
     folder = out / "gpu"
     folder.mkdir(parents=True, exist_ok=True)
-    if again:
+    kernels: list[tables.KernelRow] = []
+    traffic: list[tables.TrafficRow] = []
+    others: list[peers.PeerTraffic] = []
+    if again or only:
         kernels = tables.read(folder / "kernels.csv", tables.KernelRow)
         traffic = tables.read(folder / "traffic.csv", tables.TrafficRow)
         others = tables.read(folder / "peers.csv", peers.PeerTraffic)
-    else:
-        kernels, traffic, others = computed(quick, jobs, peers_from)
+    cuda = [row for row in kernels if row.language == "CUDA"]
+    if not again:
+        to_compile, to_count = matrix.tasks(quick, only)
+        contenders = [] if only else [(*contender, dtype) for contender in peers.CONTENDERS for dtype in PEER_DTYPES]
+        new = computed(to_compile, to_count, contenders, jobs, peers_from)
+        kernels, traffic = matrix.renewed(kernels, new[0]), matrix.renewed(traffic, new[1])
+        others = new[2] or others
     if library := cuda_extension.extension():
-        kernels = [row for row in kernels if row.language != "CUDA"] + cuda_extension.kernel_rows(library)
+        cuda = cuda_extension.kernel_rows(library)
+    kernels = [*matrix.renewed(kernels, []), *cuda]
     modelled = matrix.modelled_rows(kernels, traffic)
     for name, rows in (("kernels", kernels), ("traffic", traffic), ("model", modelled), ("peers", others)):
         tables.write(folder / f"{name}.csv", rows)
@@ -50,11 +62,16 @@ def main(
     console.print(f"written: {out / 'gpu.md'} and what it shows in {folder}")
 
 
+PEER_DTYPES = ("fp32", "bf16")
+
+
 def computed(
-    quick: bool, jobs: int, peers_from: Path | None
+    to_compile: list[tuple[str, str, str]],
+    to_count: list[tuple[str, str]],
+    contenders: list[tuple[str, str, str]],
+    jobs: int,
+    peers_from: Path | None,
 ) -> tuple[list[tables.KernelRow], list[tables.TrafficRow], list[peers.PeerTraffic]]:
-    to_compile, to_count = matrix.tasks(quick)
-    contenders = [(*contender, dtype) for contender in peers.CONTENDERS for dtype in ("fp32", "bf16")]
     folder = "" if peers_from is None else str(peers_from.resolve())
     with (
         processes.start(1, TRITON_INTERPRET="1") as interpreter,

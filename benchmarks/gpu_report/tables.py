@@ -26,6 +26,8 @@ class KernelRow:
     """Of a block; 0: chosen at launch."""
     registers: int
     spilled_bytes: int
+    scalars_in_lanes: int
+    """Scalar registers that are kept in lanes of a vector register (AMD)."""
     shared_bytes: int
     blocks: int
     """That a multiprocessor holds at once."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from typing import Any
 
 import aot
+from gpu_report.objects import read_resources
 
 ROWS, VOCABULARY, HIDDEN = 4096, 151_936, 4096
 """Of the problems that are compiled for: they decide the tiling and how addresses are aligned."""
@@ -59,7 +59,9 @@ def compiled(case: Case) -> dict[str, Any]:
 
     kernel = getattr(linear_divergence, f"linear_divergence_{case.kernel}_kernel")
     target = GPUTarget(*aot.TARGETS[case.target])
-    tiling = case.tiling or choose_linear_tiling(ROWS, aot.ITEMSIZE[case.dtype], case.both, case.tf32)
+    tiling = case.tiling or choose_linear_tiling(
+        ROWS, aot.ITEMSIZE[case.dtype], case.both, case.tf32, aot.TARGETS[case.target][2]
+    )
     splits = -(-VOCABULARY // tiling.split)
     constants = {
         "KIND": case.kind,
@@ -115,16 +117,13 @@ def compiled(case: Case) -> dict[str, Any]:
         target=target,
         options=options,
     )
-    read = aot._read_cuda if target.backend == "cuda" else aot._read_hip
-    found = read(made.asm)
-    # Of scalar registers only AMD's can be short: they go to lanes of a vector register, not to memory.
+    found = read_resources(made)
     text = made.asm.get("ptx", made.asm.get("amdgcn", ""))
-    scalars = sum(map(int, re.findall(r"\.sgpr_spill_count:\s+(\d+)", text)))
     return {
-        "registers": found["registers"],
-        "spilled_bytes": found["spilled_bytes"] - 4 * scalars,
-        "scalars_in_vector_registers": scalars,
-        "shared": made.metadata.shared,
+        "registers": found.registers,
+        "spilled_bytes": found.spilled_bytes,
+        "scalars_in_lanes": found.scalars_in_lanes,
+        "shared": found.shared_bytes,
         "tensor_cores": any(word in text for word in ("wgmma", "mma.sync", "tcgen05.mma", "mfma")),
     }
 
@@ -133,5 +132,5 @@ def with_tiling(case: Case, **sizes: int) -> Case:
     """The same with another tiling, to try it."""
     from kdkernels.triton_kernels.tiling import choose_linear_tiling
 
-    tiling = choose_linear_tiling(ROWS, aot.ITEMSIZE[case.dtype], case.both, case.tf32)
+    tiling = choose_linear_tiling(ROWS, aot.ITEMSIZE[case.dtype], case.both, case.tf32, aot.TARGETS[case.target][2])
     return replace(case, tiling=replace(tiling, **sizes))

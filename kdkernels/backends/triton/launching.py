@@ -26,6 +26,7 @@ __all__ = [
     "on_device_of",
     "precision",
     "prepare_launch",
+    "register_limit",
     "row_arguments",
     "status",
     "supports",
@@ -130,6 +131,11 @@ def precision(double: bool) -> dict[str, Any]:
         "compute": kernels.language.float64 if double else kernels.language.float32,
         "fast_log": not (double or kernels.interpreted or is_hip()),
     }
+
+
+def register_limit(most: int | None) -> dict[str, int]:
+    """The option of a launch that limits the registers of a thread, which NVIDIA's compiler alone knows."""
+    return {} if most is None or is_hip() else {"maxnreg": most}
 
 
 def dot_precision() -> str:

@@ -11,7 +11,7 @@ from kdkernels.backends.chunked_head import Needs, SideGradients
 from kdkernels.backends.gradient_tiles import TileChooser, TileNotes, Tiles
 from kdkernels.backends.rows import RowSpec, Side
 from kdkernels.backends.triton.divergence import SAVED_STATISTICS
-from kdkernels.backends.triton.launching import dot_precision, load_kernels, on_device_of, precision
+from kdkernels.backends.triton.launching import dot_precision, load_kernels, on_device_of, precision, warp_size
 
 __all__ = ["linear_divergence", "linear_divergence_applies"]
 
@@ -107,7 +107,7 @@ class Problem:
         self.precision = dot_precision()
         itemsize = max(student.tensor.element_size(), teacher.tensor.element_size())
         self.tiling = kernels.tiling.choose_linear_tiling(
-            self.rows, itemsize, all(map(any, needs)), self.precision == "tf32"
+            self.rows, itemsize, all(map(any, needs)), self.precision == "tf32", warp_size(student.tensor)
         )
         self.blocks = -(-self.rows // self.tiling.rows)
         self.splits = -(-self.vocab // self.tiling.split)

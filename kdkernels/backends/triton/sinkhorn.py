@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends.transport import SOLVER_TOLERANCE, TransportGradients, TransportSpec, TransportValues
-from kdkernels.backends.triton.launching import load_kernels, on_device_of, precision, warp_size
+from kdkernels.backends.triton.launching import load_kernels, on_device_of, precision, register_limit, warp_size
 
 __all__ = ["SINKHORN_POTENTIALS", "sinkhorn_backward", "sinkhorn_forward"]
 
@@ -63,19 +63,22 @@ class Batch(NamedTuple):
         fits = math.prod(sides) <= largest[self.a.element_size()]
         return bool(fits and max(sides) <= load_kernels().tiling.LONGEST_SIDE)
 
-    def tile(self, on_chip: bool, solving: bool = False) -> dict[str, Any]:
-        """The constants of a kernel that say how a problem is cut up, and its warps."""
+    def tile(self, on_chip: bool, solving: bool = False, kernel: str = "") -> dict[str, Any]:
+        """The constants of a kernel that say how a problem is cut up, and its warps and registers."""
         sizes = load_kernels().tiling
         rows, columns = self.cost.shape[1:] if on_chip else sizes.STREAMED_TILE
         pairs = sizes.PAIRS_PER_WARP if on_chip and not solving else sizes.FEW_PAIRS_PER_WARP
         tiling = sizes.choose_cost_tiling(rows, columns, warp_size(self.cost), pairs)
+        double = self.a.dtype == torch.float64
+        most_registers = None if double else tiling.most_registers(kernel, warp_size(self.cost))
         return {
-            "COMPUTE": precision(self.a.dtype == torch.float64)["compute"],
+            "COMPUTE": precision(double)["compute"],
             "ROW_STEPS": tiling.row_steps,
             "COLUMN_STEPS": tiling.column_steps,
             "ROW_LANES": tiling.row_lanes,
             "COLUMN_LANES": tiling.column_lanes,
             "num_warps": tiling.num_warps,
+            **register_limit(most_registers),
         }
 
     @property
@@ -139,7 +142,7 @@ def sinkhorn_forward(cost: Tensor, a: Tensor, b: Tensor, spec: TransportSpec, ke
             status=values.status,
             RELAXED=not spec.balanced,
             FAST_LOG=problems.fast_log,
-            **problems.tile(on_chip),
+            **problems.tile(on_chip, kernel="sinkhorn" if on_chip else "sinkhorn_streamed"),
             **streamed,
         )
     rows = plan_sums(problems, values.f, values.g, columns=False)
@@ -352,7 +355,7 @@ def implicit(problems: Batch, values: TransportValues, grad_f: Tensor, grad_g: T
             grad_b=found.grad_b,
             BALANCED=problems.spec.balanced,
             FAST_LOG=problems.fast_log,
-            **problems.tile(on_chip=True, solving=True),
+            **problems.tile(on_chip=True, solving=True, kernel="sinkhorn_implicit"),
         )
     return found
 
