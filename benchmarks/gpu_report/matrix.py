@@ -120,8 +120,9 @@ def renewed(before: Sequence[CallRow], new: Sequence[CallRow]) -> list[CallRow]:
     """Rows of calls: the new ones and, of calls that these are not of, the ones there were, in the order of the calls."""
     order = {name: place for place, name in enumerate(CALLS)}
     computed = {row.call for row in new}
-    kept = [row for row in before if row.call in order and row.call not in computed]
-    return sorted([*kept, *new], key=lambda row: order[row.call])
+    rows: list[CallRow] = [row for row in before if row.call in order and row.call not in computed]
+    rows.extend(new)
+    return sorted(rows, key=lambda row: order[row.call])
 
 
 def tasks(quick: bool, only: str = "") -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:
