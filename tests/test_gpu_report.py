@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from gpu_report import page, tables
-from gpu_report.cuda_extension import parse_usage
+from gpu_report.cuda_extension import dtype_of, parse_bounds, parse_usage
 from gpu_report.hardware import DEVICES, LATENCY
 from gpu_report.objects import Loop, hip_loops, parse_loops
 from gpu_report.occupancy import occupancy
@@ -136,6 +136,44 @@ def test_usage_of_a_fat_binary() -> None:
     assert [each[:2] for each in found] == [("sm_80", "_Z5scaleIfEvPT_fi"), ("sm_90", "_Z5scaleIfEvPT_fi")]
     figures = [(each[2].registers, each[2].spilled_bytes, each[2].shared_bytes) for each in found]
     assert figures == [(10, 0, 256), (12, 24, 256)]
+
+
+ELF = """
+Fatbin elf code:
+================
+arch = sm_90
+code version = [1,8]
+
+.nv.info
+\t<0x1>
+\tAttribute:\tEIATTR_REGCOUNT
+\tFormat:\tEIFMT_SVAL
+\tValue:\tfunction: _Z5scaleIfEvPT_fi(0x5)\tregister count: 12
+.nv.info._Z5scaleIfEvPT_fi
+\t<0x1>
+\tAttribute:\tEIATTR_CUDA_API_VERSION
+\tFormat:\tEIFMT_SVAL
+\tValue:\t0x81
+\t<0x2>
+\tAttribute:\tEIATTR_MAX_THREADS
+\tFormat:\tEIFMT_SVAL
+\tValue:\t0x80 0x2 0x1
+.nv.constant0._Z5scaleIfEvPT_fi
+"""
+
+
+def test_launch_bounds_of_a_fat_binary() -> None:
+    assert parse_bounds(ELF) == {("sm_90", "_Z5scaleIfEvPT_fi"): 256}
+    assert parse_bounds(ELF.replace("MAX_THREADS", "REGCOUNT")) == {}
+
+
+def test_dtypes_of_cuda_kernels() -> None:
+    names = [
+        "void kd::(anonymous namespace)::forward_kernel<double, 3>(Problem)",
+        "_Z14forward_kernelIdLi3EEv7Problem",
+        "forward_kernel<float, 3>(Problem)",
+    ]
+    assert [dtype_of(name) for name in [*names, "rest_kernel(Problem)"]] == ["fp64", "fp64", "fp32", ""]
 
 
 def test_model_takes_the_slowest() -> None:

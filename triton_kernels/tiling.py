@@ -214,6 +214,6 @@ def choose_linear_tiling(
     """
     few = max(FEWEST_ROWS, _power_of_two(rows))
     stages = LINEAR_STAGES[warp_size]
-    if itemsize == 4:  # without tensor cores, unless TF32 is allowed
-        return LinearTiling(min(32, few), 64, 32, 64, num_warps=8 if tf32 else 4, num_stages=stages)
+    if itemsize == 4:  # without tensor cores, unless TF32 is allowed; with three stages sm_80 spills kilobytes
+        return LinearTiling(min(32, few), 64, 32, 64, num_warps=8 if tf32 else 4, num_stages=stages if tf32 else 2)
     return LinearTiling(min(64, few), 64 if both else 128, 64, 128, num_warps=8, num_stages=stages)

@@ -14,7 +14,7 @@ from unittest import mock
 
 from .objects import Loop, Resources, cuda_loops, hip_loops, read_resources
 
-__all__ = ["TARGETS", "CompiledKernel", "Launch", "compile_launch", "recorded"]
+__all__ = ["TARGETS", "CompiledKernel", "Launch", "compile_call", "compile_launch", "launches_of", "recorded"]
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -93,9 +93,14 @@ def compile_launch(launch: Launch) -> CompiledKernel:
     return CompiledKernel(launch.kernel, compiled.metadata.num_warps, read_resources(compiled), loops)
 
 
-def compile_call(call: Callable[[], object], target: str) -> list[CompiledKernel]:
-    """Every kernel that the call launches, once."""
+def launches_of(call: Callable[[], object], target: str) -> list[Launch]:
+    """What the call launches, every version of a kernel once; a launch that its kernel does not take raises."""
     # What follows a launch finds no results and may refuse them.
     with recorded(target) as launches, contextlib.suppress(ValueError):
         call()
-    return [compile_launch(launch) for launch in {launch.key: launch for launch in launches}.values()]
+    return list({launch.key: launch for launch in launches}.values())
+
+
+def compile_call(call: Callable[[], object], target: str) -> list[CompiledKernel]:
+    """Every kernel that the call launches, once."""
+    return [compile_launch(launch) for launch in launches_of(call, target)]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from .calls import CALLS, COMPILED, COUNTED, DTYPES
-from .compilation import TARGETS, CompiledKernel, compile_call
+from .compilation import TARGETS, CompiledKernel, compile_call, launches_of
 from .hardware import DEVICES
 from .interpretation import count_call
 from .objects import Resources
@@ -14,7 +14,7 @@ from .occupancy import ARCHITECTURES, occupancy
 from .roofline import Work, model, work_per_logit
 from .tables import KernelRow, ModelRow, TrafficRow
 
-__all__ = ["compiled_rows", "kernel_row", "modelled_rows", "renewed", "tasks", "traffic_rows"]
+__all__ = ["compiled_rows", "kernel_row", "launched", "modelled_rows", "renewed", "tasks", "traffic_rows"]
 
 CallRow = TypeVar("CallRow", KernelRow, TrafficRow)
 
@@ -41,6 +41,17 @@ def compiled_rows(call: str, dtype: str, target: str) -> list[KernelRow]:
             work = work_per_logit(kernel.loops, ITEMSIZE[dtype], wanted.streams)
         rows.append(kernel_row("Triton", call, name, dtype, target, kernel.num_warps, kernel.resources, work))
     return rows
+
+
+def launched(target: str) -> dict[str, set[str]]:
+    """The kernels that each call launches, none of them compiled; the interpreter lets pass what fails here."""
+    return {
+        name: {
+            launch.kernel.removesuffix("_kernel")
+            for launch in launches_of(lambda run=call.run: run(DTYPES["fp32"], COUNTED), target)
+        }
+        for name, call in CALLS.items()
+    }
 
 
 def kernel_row(

@@ -9,7 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Loop", "Resources", "cuda_loops", "hip_loops", "parse_loops", "read_resources", "resource_usage"]
+__all__ = [
+    "Loop",
+    "Resources",
+    "cuda_loops",
+    "elf_text",
+    "hip_loops",
+    "parse_loops",
+    "read_resources",
+    "resource_usage",
+]
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,11 @@ def read_resources(compiled: Any) -> Resources:
 def resource_usage(path: str) -> str:
     """What cuobjdump says of the kernels in a file: cubin, shared library or fat binary."""
     return _run("cuobjdump", "--dump-resource-usage", path)
+
+
+def elf_text(path: str) -> str:
+    """The sections of the programs for GPUs in such a file, as cuobjdump prints them."""
+    return _run("cuobjdump", "--dump-elf", path)
 
 
 def _run(program: str, *arguments: str) -> str:

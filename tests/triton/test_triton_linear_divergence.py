@@ -375,7 +375,9 @@ def compile_cases() -> list[Case]:
     cases += [Case(kernel, "sm_90", "fp16", jsd, everything=True) for kernel in LOGIT_KERNELS]
     cases += [Case(kernel, "sm_90", "fp32", jsd, everything=True) for kernel in LOGIT_KERNELS]
     cases += [Case(kernel, "sm_80", "fp32", jsd, everything=True, tf32=True) for kernel in LOGIT_KERNELS]
-    cases += [Case(kernel, "sm_90", "fp32") for kernel in PRODUCT_KERNELS]
+    cases += [Case(kernel, target, "fp32") for kernel in PRODUCT_KERNELS for target in ("sm_80", "sm_90")]
+    # Without lists of tiles their loops are pipelined, and need the most shared memory.
+    cases += [Case(kernel, "gfx942", "bf16") for kernel in PRODUCT_KERNELS]
     return [*cases, Case("merge", "sm_90", "bf16", jsd, everything=True), Case("value", "sm_90", "bf16", ab)]
 
 
