@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TypeVar
 
 from .calls import CALLS, COMPILED, COUNTED, DTYPES
@@ -48,7 +49,7 @@ def launched(target: str) -> dict[str, set[str]]:
     return {
         name: {
             launch.kernel.removesuffix("_kernel")
-            for launch in launches_of(lambda run=call.run: run(DTYPES["fp32"], COUNTED), target)
+            for launch in launches_of(partial(call.run, DTYPES["fp32"], COUNTED), target)
         }
         for name, call in CALLS.items()
     }
