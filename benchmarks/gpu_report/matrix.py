@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -48,7 +49,7 @@ def launched(target: str) -> dict[str, set[str]]:
     return {
         name: {
             launch.kernel.removesuffix("_kernel")
-            for launch in launches_of(lambda run=call.run: run(DTYPES["fp32"], COUNTED), target)
+            for launch in launches_of(functools.partial(call.run, DTYPES["fp32"], COUNTED), target)
         }
         for name, call in CALLS.items()
     }
@@ -132,7 +133,8 @@ def renewed(before: Sequence[CallRow], new: Sequence[CallRow]) -> list[CallRow]:
     order = {name: place for place, name in enumerate(CALLS)}
     computed = {row.call for row in new}
     kept = [row for row in before if row.call in order and row.call not in computed]
-    return sorted([*kept, *new], key=lambda row: order[row.call])
+    kept += new
+    return sorted(kept, key=lambda row: order[row.call])
 
 
 def tasks(quick: bool, only: str = "") -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:
