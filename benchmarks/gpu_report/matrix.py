@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from functools import partial
 from typing import TypeVar
 
 from .calls import CALLS, COMPILED, COUNTED, DTYPES
@@ -49,7 +49,7 @@ def launched(target: str) -> dict[str, set[str]]:
     return {
         name: {
             launch.kernel.removesuffix("_kernel")
-            for launch in launches_of(partial(call.run, DTYPES["fp32"], COUNTED), target)
+            for launch in launches_of(functools.partial(call.run, DTYPES["fp32"], COUNTED), target)
         }
         for name, call in CALLS.items()
     }
@@ -132,9 +132,9 @@ def renewed(before: Sequence[CallRow], new: Sequence[CallRow]) -> list[CallRow]:
     """Rows of calls: the new ones and, of calls that these are not of, the ones there were, in the order of the calls."""
     order = {name: place for place, name in enumerate(CALLS)}
     computed = {row.call for row in new}
-    rows: list[CallRow] = [row for row in before if row.call in order and row.call not in computed]
-    rows.extend(new)
-    return sorted(rows, key=lambda row: order[row.call])
+    kept = [row for row in before if row.call in order and row.call not in computed]
+    kept += new
+    return sorted(kept, key=lambda row: order[row.call])
 
 
 def tasks(quick: bool, only: str = "") -> tuple[list[tuple[str, str, str]], list[tuple[str, str]]]:
