@@ -98,9 +98,10 @@ def page(
 def spills(kernels: Sequence[KernelRow]) -> list[str]:
     triton = [row for row in kernels if row.language == "Triton"]
     cuda = [row for row in kernels if row.language == "CUDA"]
+    double = [row for row in cuda if row.dtype == "fp64"]
     spilling = [row for row in kernels if row.spilled_bytes and row.dtype != "fp64"]
     text = f"{len(triton)} compiled Triton kernels (call × dtype × architecture)"
-    text += f" and {len(cuda)} CUDA kernels" if cuda else ""
+    text += f" and {len(cuda) - len(double)} CUDA kernels below double precision" if cuda else ""
     parts = [
         "## Spills",
         f"Of {text}, {len(spilling) or 'none'} {'keep' if len(spilling) != 1 else 'keeps'} registers elsewhere.",
@@ -131,10 +132,11 @@ def spills(kernels: Sequence[KernelRow]) -> list[str]:
         )
     else:
         parts.append(
-            prose("""
+            prose(f"""
                 Of CUDA kernels the occupancy is that of the largest block that their launch bounds allow (read from
                 the compiled file) and of static shared memory: a launch may take smaller blocks, and dynamic shared
-                memory. All local memory counts as spilled; kernels in double precision are left out of the count.
+                memory. All local memory counts as spilled. Of {len(double)} in double precision
+                {sum(row.spilled_bytes > 0 for row in double)} spill.
             """)
         )
     return parts
