@@ -200,7 +200,7 @@ def test_compiled_and_changing_numbers_do_not_recompile() -> None:
         ((torch.zeros(2, 3), torch.tensor([0.5, -0.1])), {}, "mass must be in"),
         ((torch.zeros(2, 3), torch.ones(3)), {}, "mass must have one entry per token"),
         ((torch.zeros(2, 3), 0.5), {"temperature": 0.0}, "temperature"),
-        ((torch.zeros(2, 3), 0.5), {"memory_budget": 0}, "memory_budget"),
+        ((torch.zeros(2, 3), 0.5), {"memory_budget": -1}, "memory_budget"),
     ],
 )
 def test_refused(arguments: Any, options: dict[str, Any], text: str) -> None:

@@ -334,7 +334,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"temperature": torch.ones(5), "top_k": 3}, ValueError, "temperature must be a number where top_k"),
     ({"reduction": "median"}, ValueError, "reduction must be one of"),
     ({"mask": torch.ones(5)}, TypeError, "mask must be a dense bool"),
-    ({"memory_budget": 0}, ValueError, "memory_budget"),
+    ({"memory_budget": -1}, ValueError, "memory_budget"),
 ]  # fmt: skip
 
 

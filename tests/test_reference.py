@@ -56,7 +56,7 @@ def test_every_option(reduction: str) -> None:
 
 def test_signatures_are_those_of_the_fused_functions() -> None:
     """But for the arguments that say how a kernel should run."""
-    how = {"memory_budget", "process_group", "backend"}
+    how = {"vocabulary_order", "memory_budget", "process_group", "backend"}
     for name in ("distillation_loss", "token_statistics"):
         fused = inspect.signature(getattr(kd, name)).parameters
         plain = inspect.signature(getattr(kd.reference, name)).parameters

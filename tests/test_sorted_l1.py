@@ -728,7 +728,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "bound of text": ({"error_bound": "small"}, TypeError, "error_bound must be"),
     "infinite bound": ({"error_bound": math.inf}, ValueError, "error_bound must be"),
     "flag of a number": ({"return_bound": 1}, TypeError, "return_bound must be"),
-    "no budget": ({"memory_budget": 0}, ValueError, "memory_budget must be"),
+    "no budget": ({"memory_budget": -1}, ValueError, "memory_budget must be"),
     "no such backend": ({"backend": "gpu"}, ValueError, "backend must be"),
     "temperature with gradient": (
         {"temperature": torch.ones(2, requires_grad=True)},

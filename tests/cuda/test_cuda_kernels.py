@@ -46,12 +46,13 @@ EVERYTHING = make_plan(["cuda"], DIVERGENCES, [torch.float32], quick=True)
 OTHER_DTYPES = [
     target
     for dtype, operations in (
-        (torch.bfloat16, (*OF_ROWS, "linear_divergence")),
+        (torch.bfloat16, OF_ROWS),
         (torch.float16, ("divergence",)),
         (torch.float64, (*OF_ROWS, "sinkhorn")),
     )
     for target in make_plan(["cuda"], [kd.JSD(0.3)], [dtype], quick=True, operations=operations)
 ]
+OTHER_DTYPES += make_plan(["cuda"], [kd.ForwardKL()], [torch.bfloat16], quick=True, operations=["linear_divergence"])
 QUICK = [target for target in EVERYTHING if target.operation == "divergence" and target.divergence == kd.JSD(0.3)]
 
 

@@ -385,7 +385,10 @@ def compile_cases() -> list[Case]:
 @pytest.mark.parametrize("case", compile_cases(), ids=str)
 def test_compiles_without_spills(case: Case, compiler: Worker) -> None:
     found = compiler(aot_heads.compiled, case)
-    assert found["spilled_bytes"] == 0, found
+    # In float32 without tensor cores NVIDIA's compiler spills a few registers whatever its limit, see `SPILLING` in
+    # test_gpu_kernels_report.py.
+    allowed = 16 if case.kernel == "sweep" and case.dtype == "fp32" else 0
+    assert found["spilled_bytes"] <= allowed, found
     assert found["shared"] <= aot_heads.SHARED_MEMORY[case.target], found
     if case.kernel not in ("merge", "value") and (case.dtype != "fp32" or case.tf32):
         assert found["tensor_cores"]
