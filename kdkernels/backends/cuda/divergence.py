@@ -7,6 +7,7 @@ from torch import Tensor
 from kdkernels.backends.compiled.divergence import launch_divergence
 from kdkernels.backends.cuda.launching import LIBRARY
 from kdkernels.backends.rows import RowSpec, Scales, compute_dtype
+from kdkernels.backends.two_launches import fused_by
 
 __all__ = ["SAVED_STATISTICS", "divergence_backward", "divergence_forward", "divergence_fused"]
 
@@ -67,18 +68,4 @@ def divergence_backward(
     )
 
 
-def divergence_fused(
-    student: Tensor,
-    teacher: Tensor,
-    spec: RowSpec,
-    grad_divergence: Tensor,
-    grad_cross_entropy: Tensor | None,
-    grad_student: Tensor | None,
-    grad_teacher: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Forward and backward, two launches; (divergence [N], cross_entropy [N] or [0])."""
-    divergence, cross_entropy, statistics = divergence_forward(student, teacher, spec)
-    divergence_backward(
-        student, teacher, statistics, spec, grad_divergence, grad_cross_entropy, grad_student, grad_teacher
-    )
-    return divergence, cross_entropy
+divergence_fused = fused_by(divergence_forward, divergence_backward)
