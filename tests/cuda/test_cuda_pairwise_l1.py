@@ -15,6 +15,8 @@ from torch import Tensor
 from kdkernels.backends.cuda.pairwise_l1 import parts_of
 from kdkernels.backends.rows import PairSpec, Tempering
 
+pytestmark = pytest.mark.slow
+
 Emulated = Callable[..., Any]
 
 

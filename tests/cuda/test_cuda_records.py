@@ -17,6 +17,8 @@ from kdkernels.functional import records as functional
 from kdkernels.records import BITS, record_sizes
 from kdkernels.reference import records as reference
 
+pytestmark = pytest.mark.slow
+
 Emulated = Callable[..., Any]
 each_codec = pytest.mark.parametrize("bits", BITS.values(), ids=BITS)
 SIZES = [(1, 1), (2, 2), (127, 9), (127, 127)]

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from kdkernels.backends.transport import GRADIENTS
 
+pytestmark = pytest.mark.slow
+
 Emulated = Callable[..., Any]
 
 each_gradient = pytest.mark.parametrize("gradient", GRADIENTS)

@@ -20,6 +20,8 @@ from kdkernels.backends.sparse_rows import Policy, Records, SparseRows, needs_de
 from kdkernels.reference import rows as reference
 from kdkernels.reference import sparse_divergence as sparse_reference
 
+pytestmark = pytest.mark.slow
+
 Emulated = Callable[..., Any]
 FORWARD_KL, REVERSE_KL, JSD = (EVERY_DIVERGENCE[place] for place in (0, 1, 3))
 each_tail = pytest.mark.parametrize("tail", TAILS)

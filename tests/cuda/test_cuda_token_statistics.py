@@ -13,6 +13,8 @@ from truth import each_dtype, random_logits
 import kdkernels as kd
 from kdkernels.backends.rows import STATISTICS, Composition, RowSpec, Side
 
+pytestmark = pytest.mark.slow
+
 Emulated = Callable[..., Any]
 
 

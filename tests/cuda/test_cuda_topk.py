@@ -16,6 +16,8 @@ from kdkernels.backends import cpu
 from kdkernels.backends import cuda as backend
 from kdkernels.backends.rows import Tempering
 
+pytestmark = pytest.mark.slow
+
 Emulated = Callable[..., Any]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
