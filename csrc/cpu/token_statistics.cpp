@@ -1,23 +1,9 @@
 // The `token_statistics` family on the CPU: every per-token quantity in one sweep over the row.
+#include "math/token_statistics.h"
 #include "cpu/row_blocks.h"
 
 namespace kd::KD_ISA {
 namespace {
-
-// The columns of RowProblem::statistics.
-enum Column {
-  lse_student,
-  lse_teacher,
-  forward_kl,
-  reverse_kl,
-  entropy_student,
-  entropy_teacher,
-  max_student,
-  max_teacher,
-  label_student,
-  label_teacher,
-};
-static_assert(label_teacher + 1 == statistics_count);
 
 // The sums of one side besides its normaliser, in log 2 and relative to the origin of the stream.
 template <class Real>

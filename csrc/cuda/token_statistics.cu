@@ -7,24 +7,10 @@
 #include "cuda/kernels.h"
 #include "cuda/launch.cuh"
 #include "cuda/sides.cuh"
+#include "math/token_statistics.h"
 
 namespace kd::cuda {
 namespace {
-
-// The columns of RowProblem::statistics.
-enum Column {
-  lse_student,
-  lse_teacher,
-  forward_kl,
-  reverse_kl,
-  entropy_student,
-  entropy_teacher,
-  max_student,
-  max_teacher,
-  label_student,
-  label_teacher,
-};
-static_assert(label_teacher + 1 == statistics_count);
 
 // The largest logit and the lowest of the columns that have it.
 template <class Real>

@@ -91,6 +91,11 @@ def sparse_divergence(
     return *values, None if wanted is None else wanted.contiguous()
 
 
+def saved_statistics() -> tuple[int, int]:
+    """Columns of what the forward of a divergence leaves to its backward, by the kernels and by the backend."""
+    return module().SAVED_STATISTICS, backend.SAVED_STATISTICS
+
+
 def sparse_statistics() -> tuple[int, int]:
     """Columns of what the launches of a sparse divergence leave to each other, by the kernels and by the backend."""
     return module().SPARSE_STATISTICS, SPARSE_STATISTICS

@@ -50,6 +50,11 @@ def test_the_backend_says_what_it_runs_on(emulated: Emulated) -> None:
     assert "cpu tensors" in found["cuda"][1]
 
 
+def test_kernels_and_backend_agree_on_what_is_saved(emulated: Emulated) -> None:
+    kernels, backend = emulated(there.saved_statistics)
+    assert kernels == backend
+
+
 @pytest.mark.parametrize("vocab", [2, 127, 4097, 8192])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_every_size_and_dtype(vocab: int, dtype: torch.dtype, emulated: Emulated) -> None:
