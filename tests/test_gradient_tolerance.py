@@ -338,7 +338,10 @@ def test_a_gradient_that_nobody_wants_costs_nothing(monkeypatch: pytest.MonkeyPa
         assert (hidden.grad is not None, weight.grad is not None) == (hidden_grad, weight_grad)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 2, 5), (40, 127, 16), (17, 4097, 37), (5, 300, 577)], ids=str)
+# The last two: several blocks of the vocabulary, several tiles of rows, both in several strips.
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), (3, 2, 5), (40, 127, 16), (17, 4097, 37), (5, 3000, 577), (4000, 70, 150)], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_sparse_products(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
     torch.manual_seed(17)
