@@ -99,6 +99,7 @@ def most_chunks(text: str, student: Sequence[Span], teacher: Sequence[Span]) -> 
     return 1 + best[-1][-1]
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(pairs())
 def test_chunks_are_the_finest_that_whole_tokens_cover(pair: tuple[str, list[Span | None], list[Span | None]]) -> None:

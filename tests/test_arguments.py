@@ -461,6 +461,7 @@ def test_loss_accepts(arguments: dict[str, Any]) -> None:
     torch.testing.assert_close(ours, reference)
 
 
+@pytest.mark.slow
 def test_labels_are_checked_under_torch_compile_too() -> None:
     """There a Python error is not possible, but reading past the row is not an alternative."""
     compiled = torch.compile(kd.distillation_loss, fullgraph=True, backend="aot_eager")

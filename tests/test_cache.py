@@ -118,6 +118,7 @@ def contents(store: Path) -> dict[int, tuple[list[int], bytes, list[int]]]:
 # --- what is stored -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_store_holds_what_the_teacher_says(run: Any, folder: Path, teacher: Teacher, tmp_path: Path) -> None:
     result = run(tmp_path / "store", codec="q8", temperature=1.5)
     assert result.exit_code == 0, result.output
@@ -228,6 +229,7 @@ def test_unreadable_text_is_named(run: Any, tmp_path: Path, name: str, content: 
 # --- resuming, and many processes ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_says_so_and_goes_on(
     run: Any, folder: Path, tmp_path: Path, teacher: Teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,6 +96,7 @@ def test_info_as_json() -> None:
 # --- check --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_native
 def test_check_passes() -> None:
     result = invoke(*SMALL_CHECK, "--json")
@@ -151,6 +152,7 @@ def test_every_backend_is_asked_what_it_serves() -> None:
             assert served or name not in {"cpu", "triton"}
 
 
+@pytest.mark.slow
 @needs_native
 def test_check_shows_a_table() -> None:
     result = invoke(*SMALL_CHECK)
@@ -262,6 +264,7 @@ def test_check_finds_a_kernel_that_is_a_percent_off(
     assert any(fault["quantity"].startswith(quantity) for fault in failures)
 
 
+@pytest.mark.slow
 @needs_native
 def test_check_reports_a_kernel_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: Any) -> None:
@@ -344,6 +347,7 @@ def test_bench_takes_the_sizes_of_a_model(tmp_path: Path) -> None:
     assert "1 token × 49,152, hidden 576, float32" in result.output
 
 
+@pytest.mark.slow
 def test_bench_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -353,6 +357,7 @@ def test_bench_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not (tmp_path / "bench.png").exists()
 
 
+@pytest.mark.slow
 def test_bench_does_not_time_another_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = plain.mean_divergence
     monkeypatch.setattr(

@@ -132,6 +132,7 @@ def test_measures_the_fused_loss_against_plain_pytorch(job, tmp_path: Path) -> N
     assert "peak memory" in output
 
 
+@pytest.mark.slow
 def test_a_gradient_tolerance_changes_the_run_and_is_recorded(job, tmp_path: Path) -> None:
     losses = []
     for name, *flags in (("exact",), ("rounded", "--gradient-tolerance", 0.3, "--gradient-rounding", "stochastic")):
@@ -185,6 +186,7 @@ def test_memory_is_saved_at_the_real_size() -> None:
     assert peak["fused"] < peak["plain"] / 2
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_what_it_reached(job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps_taken = []
 
@@ -207,6 +209,7 @@ def test_an_interrupted_run_keeps_what_it_reached(job, tmp_path: Path, monkeypat
     check_picture(tmp_path / "loss_curve.png")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
 def test_a_diverging_run_says_so_and_fails(job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distillation_job, "training_step", lambda *_: torch.tensor(math.nan))
@@ -216,6 +219,7 @@ def test_a_diverging_run_says_so_and_fails(job, tmp_path: Path, monkeypatch: pyt
     assert len(read_results(tmp_path)["training"]["losses"]) == 1
 
 
+@pytest.mark.slow
 def test_the_saved_student_is_the_trained_one(job, tmp_path: Path, tiny_teacher: torch.nn.Module) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -295,6 +299,7 @@ def test_student_layers_are_the_chosen_ones(tiny_teacher: torch.nn.Module) -> No
         assert torch.equal(student.model.layers[new].mlp.up_proj.weight, expected)
 
 
+@pytest.mark.slow
 def test_no_held_out_text_is_trained_on() -> None:
     documents = smollm2.read_documents()
     assert set(smollm2.HELD_OUT_DOCUMENTS) <= set(documents)

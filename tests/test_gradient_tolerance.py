@@ -365,6 +365,7 @@ def test_sparse_products(sizes: tuple[int, int, int], dtype: torch.dtype) -> Non
         assert float((found.double() - truth).abs().max()) <= 1e-5 * scale
 
 
+@pytest.mark.slow
 def test_compiled_and_differentiated_twice() -> None:
     torch.manual_seed(18)
     hidden, weight = torch.randn(6, 5).requires_grad_(), (2 * torch.randn(200, 5)).requires_grad_()

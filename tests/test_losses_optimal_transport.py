@@ -243,6 +243,7 @@ def test_wcord(extra: str | None, dtype: torch.dtype, backend: str | None) -> No
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in loss.parameters())
 
 
+@pytest.mark.slow
 def test_wcord_is_lipschitz_and_saved() -> None:
     torch.manual_seed(0)
     loss = losses.WCoRD(4, 6, dataset_size=50, feature_size=8, backend="reference")

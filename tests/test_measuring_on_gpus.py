@@ -99,6 +99,7 @@ def test_memory_is_that_of_the_very_device(monkeypatch: pytest.MonkeyPatch) -> N
     assert [name for name, _ in asked] == [*names[:3], "call", names[0], names[3]]
 
 
+@pytest.mark.slow
 def test_other_processes_get_the_memory_that_torch_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: order.append("given back"))
@@ -171,6 +172,7 @@ def test_backends_side_by_side(tmp_path: Path) -> None:
     assert all(float(row["seconds"]) > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_a_backend_that_cannot_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {f"{OURS} ({name})" for name in NAMES} <= set(CONTENDERS)
     arguments = ["bench", "--tokens", "2", "--vocab", "9", "--seconds", "0", "--no-memory", "--operation", "topk"]

@@ -115,6 +115,7 @@ CHECKED = [
 FAST = CHECKED[:1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pairing", "option", "leaves"),
     [pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow) for case in CHECKED],
@@ -171,6 +172,7 @@ def test_opcheck_of_sparse_losses(pairing: str, kind: str, option: str) -> None:
         torch.library.opcheck(operator, arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pairing", "kind", "option"),
     [pytest.param(*case, marks=[] if case == SPARSE[0] else pytest.mark.slow) for case in SPARSE],
@@ -261,6 +263,7 @@ def check_compiled(
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pairing", ["logits-logits", "head-head"])
 def test_compiled_loss(pairing: str) -> None:
     check_compiled(loss, pairs.make(pairing))
@@ -386,6 +389,7 @@ CHANGING_CASES = [("logits-logits", name) for name in CHANGING] + [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pairing", "name"),
     [pytest.param(*case, marks=pytest.mark.slow if place else []) for place, case in enumerate(CHANGING_CASES)],

@@ -99,6 +99,7 @@ def test_scipy_relative_entropy(pair: tuple[Tensor, Tensor]) -> None:
     equal(rows(*pair, kd.ReverseKL()), torch.from_numpy(special.rel_entr(student.numpy(), teacher.numpy()).sum(-1)))
 
 
+@pytest.mark.slow
 def test_scipy_entropy(pair: tuple[Tensor, Tensor]) -> None:
     stats, (student, teacher) = scipy_module("stats"), probabilities(pair)
     equal(rows(*pair, kd.ForwardKL()), torch.from_numpy(stats.entropy(teacher.numpy(), student.numpy(), axis=-1)))

@@ -116,6 +116,7 @@ def test_second_derivatives(case: Case, kind: str) -> None:
     assert torch.autograd.gradgradcheck(*function_of(kind, case))
 
 
+@pytest.mark.slow
 @each_divergence
 def test_second_derivatives_on_logits(case: Case) -> None:
     """Of the fused loss too, which leaves them to the reference."""

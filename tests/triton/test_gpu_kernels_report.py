@@ -101,11 +101,13 @@ def check_counted(interpreter: Worker, call: str, dtype: str) -> None:
         assert row.bytes <= before.bytes + 0.005, f"{row.kernel}: {row.bytes:.3f} bytes per {row.unit}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_bytes_per_logit_do_not_grow(dtype: str, interpreter: Worker) -> None:
     check_counted(interpreter, "divergence JSD", dtype)
 
 
+@pytest.mark.slow
 def test_the_smallest_kernel_compiles_without_spills(compiler: Worker) -> None:
     check_compiled(compiler, "ranking", "bf16", "sm_90")
 
