@@ -75,8 +75,9 @@ docs: build  ## write the page of the catalogue of losses anew
 
 # --- checks ------------------------------------------------------------------------------------------------------------
 
-# Side by side in as many processes as there are cores, up to four.
-PYTEST = OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
+# Side by side in as many processes as there are cores, up to four. What pytest makes of the tests' assertions is kept, whatever
+# the environment says: making it takes each process as long as a thousand tests.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 test: build emulator $(VENV)/.teacher  ## run every test
 	$(PYTEST) $(ARGS)

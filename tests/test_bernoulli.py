@@ -12,7 +12,6 @@ from accuracy import check, complaint
 from pairs import BATCH, VOCAB, each_pairing, make, sources, value_and_gradients
 from test_operators import check_compiled, compiled, graphs, recorded
 from torch import Tensor
-from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from truth import compute_dtype, each_dtype, leaf
 
@@ -260,7 +259,7 @@ def test_compiled_and_changing_numbers_do_not_recompile() -> None:
     tensors = {name: t if name.startswith("student") else t.detach() for name, t in make("head-logits").items()}
     for reduction in ("mean", "none"):
         torch._dynamo.reset()
-        counters.clear()
+        torch._dynamo.utils.counters.clear()
         check_compiled(lambda given, how=reduction: loss_of(given, reduction=how).sum(), tensors)
     student, teacher = normal(5, 37).float(), normal(5, 37, seed=1).float()
     call = compiled(lambda tau: kd.bernoulli_loss(student, teacher, temperature=tau, temperature_squared=True))

@@ -10,7 +10,6 @@ import pytest
 import torch
 from pairs import Tensors, each_pairing
 from torch import Tensor
-from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -236,7 +235,7 @@ def registered_operators() -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
-    counters.clear()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
 
@@ -247,7 +246,7 @@ def compiled(function: Callable[..., Any], backend: str = "aot_eager", **options
 
 def graphs() -> int:
     """How many graphs were compiled since the test began."""
-    return int(counters["stats"]["unique_graphs"])
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def check_compiled(
