@@ -1,7 +1,7 @@
 """What a bfloat16 head does to the loss and its gradients, on a real teacher's states and students ever closer to it.
 
-    python examples/head_precision.py                    # a minute or two on two CPU cores
-    python examples/head_precision.py --tokens 64 --out out/quick
+    python examples/head_precision.py                    # about a minute on two CPU cores
+    python examples/head_precision.py --tokens 512 --out out/more
 
 Nothing is trained and nothing timed. The students are SmolLM2-135M itself with noise on its hidden states and its head's
 weight. Every way to compute the loss is held against plain PyTorch in float64: the loss of each token, and the gradients of
@@ -194,7 +194,7 @@ def draw(errors: list[Errors], file: Path) -> None:
 
 def main(
     *,
-    tokens: Annotated[int, typer.Option(min=1, help="To compute the loss of, at most.")] = 128,
+    tokens: Annotated[int, typer.Option(min=1, help="To compute the loss of, at most.")] = 64,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/head_precision"),
 ) -> None:
     """Hold the loss and gradients of bfloat16 heads against float64."""
