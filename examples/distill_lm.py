@@ -3,6 +3,7 @@
     python examples/distill_lm.py                                   # about six minutes on two CPU cores
     python examples/distill_lm.py --divergence jsd --parameter beta=0.1 --steps 200
     python examples/distill_lm.py --gradient-tolerance 1e-3     # spares most of the head's backward, see the docs
+    python examples/distill_lm.py --head-dtype bfloat16         # the heads' matrix products in bfloat16, see the docs
     python examples/distill_lm.py --device cuda --tokens 8192 --out out/gpu
 
 The teacher is SmolLM2-135M-Instruct (30 layers, 49,152 tokens of vocabulary); the student is cut from it, every third
@@ -42,11 +43,12 @@ import typer
 from distillation_job import TEACHER_LAYERS, Job, RunSettings
 from results import save, show
 from rich.console import Console
-from training_step import DIVERGENCES, LossSettings, fused_loss
+from training_step import DIVERGENCES, HEAD_DTYPES, LossSettings, fused_loss
 
 DEFAULT_SEQUENCE_LENGTH = 128
 
 DivergenceName = enum.Enum("DivergenceName", {name: name for name in DIVERGENCES}, type=str)
+HeadDtype = enum.Enum("HeadDtype", {name: name for name in HEAD_DTYPES}, type=str)
 
 
 class Rounding(str, enum.Enum):
@@ -173,6 +175,9 @@ def main(
         float, typer.Option(help="Share of its norm that each token's logit gradient may lose; 0: exact.")
     ] = 0.0,
     gradient_rounding: Annotated[Rounding, typer.Option(help="How, with a gradient tolerance.")] = Rounding.nearest,
+    head_dtype: Annotated[
+        HeadDtype | None, typer.Option(help="Of the heads' matrix products and logits; default: the models', float32.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Order of the training text, and stochastic rounding.")] = 0,
     measure: Annotated[bool, typer.Option(help="Compare time and memory with plain PyTorch at the end.")] = True,
     save_student: Annotated[bool, typer.Option(help="Write the trained student as well.")] = False,
@@ -185,7 +190,15 @@ def main(
             raise typer.BadParameter(f"must be a positive number, got {value}", param_hint=option)
     check_device(device)
     parameters = parse_parameters(name, parameter or [])
-    loss = LossSettings(name, parameters, temperature, backend, gradient_tolerance, gradient_rounding.value)
+    loss = LossSettings(
+        name,
+        parameters,
+        temperature,
+        backend,
+        gradient_tolerance,
+        gradient_rounding.value,
+        None if head_dtype is None else head_dtype.value,
+    )
     check_loss(loss, device)
     length = choose_sequence_length(tokens, sequence_length)
     prepare_folder(out)

@@ -82,7 +82,15 @@ DIVERGENCES: Mapping[str, Callable[..., Tensor]] = {
 }
 
 
-def log_probabilities(hidden: Tensor, weight: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-softmax of the head's logits; ``hidden [..., H]`` and ``weight [V, H]`` give ``[..., V]``."""
-    logits = functional.linear(hidden, weight)
+def log_probabilities(
+    hidden: Tensor, weight: Tensor, temperature: float = 1.0, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Log-softmax of the head's logits; ``hidden [..., H]`` and ``weight [V, H]`` give ``[..., V]``, in their own dtype.
+
+    With a ``dtype`` the matrix product runs in it, and so do those of its gradient, as under autocast.
+    """
+    if dtype is None:
+        logits = functional.linear(hidden, weight)
+    else:
+        logits = functional.linear(hidden.to(dtype), weight.to(dtype)).to(hidden.dtype)
     return functional.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)

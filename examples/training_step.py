@@ -44,9 +44,16 @@ DIVERGENCES: Mapping[str, DivergenceChoice] = {
 }
 
 
+HEAD_DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
 @dataclass(frozen=True)
 class LossSettings:
-    """Everything that defines the loss; ``parameters`` are those of the divergence."""
+    """Everything that defines the loss.
+
+    ``parameters`` are those of the divergence. ``head_dtype``, "float32" or "bfloat16", is what both heads' matrix products
+    run in; None: that of the models.
+    """
 
     divergence: str = "forward_kl"
     parameters: Mapping[str, float] = field(default_factory=dict)
@@ -54,9 +61,14 @@ class LossSettings:
     backend: str | None = None
     gradient_tolerance: float = 0.0
     gradient_rounding: str = "nearest"
+    head_dtype: str | None = None
 
     def describe(self) -> kd.Divergence:
         return DIVERGENCES[self.divergence].make(**self.parameters)
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        return None if self.head_dtype is None else HEAD_DTYPES[self.head_dtype]
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -64,12 +76,12 @@ class LossSettings:
 
 def fused_loss(settings: LossSettings) -> LossFunction:
     """Mean divergence per token times temperature squared; takes ``hidden [..., H]`` and ``weight [V, H]`` of each."""
-    divergence = settings.describe()
+    divergence, dtype = settings.describe(), settings.compute_dtype
 
     def loss(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
         return kd.distillation_loss(
-            kd.LMHead(student_hidden, student_weight),
-            kd.LMHead(teacher_hidden, teacher_weight),
+            kd.LMHead(student_hidden, student_weight, compute_dtype=dtype),
+            kd.LMHead(teacher_hidden, teacher_weight, compute_dtype=dtype),
             divergence,
             temperature=settings.temperature,
             temperature_squared=True,
@@ -83,12 +95,12 @@ def fused_loss(settings: LossSettings) -> LossFunction:
 
 def plain_loss(settings: LossSettings) -> LossFunction:
     """The same loss in plain PyTorch."""
-    divergence = plain_pytorch.DIVERGENCES[settings.divergence]
+    divergence, dtype = plain_pytorch.DIVERGENCES[settings.divergence], settings.compute_dtype
 
     def loss(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
         with torch.no_grad():
-            log_p = plain_pytorch.log_probabilities(teacher_hidden, teacher_weight, settings.temperature)
-        log_q = plain_pytorch.log_probabilities(student_hidden, student_weight, settings.temperature)
+            log_p = plain_pytorch.log_probabilities(teacher_hidden, teacher_weight, settings.temperature, dtype)
+        log_q = plain_pytorch.log_probabilities(student_hidden, student_weight, settings.temperature, dtype)
         tokens = student_hidden.shape[:-1].numel()
         return divergence(log_p, log_q, **settings.parameters) * (settings.temperature**2 / tokens)
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 from pairs import PAIRINGS, Tensors, each_pairing, value_and_gradients
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import kdkernels as kd
+from kdkernels.arguments.rows import head_side
 
 HALF = torch.float16
 DOUBLE = torch.float64
@@ -392,6 +394,24 @@ def test_autocast(pairing: str, reduction: str) -> None:
         assert gradient.dtype == torch.float32
         rounding = (reference_gradients[name] - exact_gradients[name]).norm()
         assert (gradient - exact_gradients[name]).norm() <= 1.5 * rounding + 1e-6, name
+
+
+def test_autocast_of_a_gpu_is_for_its_heads_alone() -> None:
+    """Without a GPU, on tensors that have none of the data but the device and the dtypes."""
+    enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        with FakeTensorMode():
+            for device, expected in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
+                head = kd.LMHead(torch.empty(3, 8, device=device), torch.empty(16, 8, device=device))
+                side, *_ = head_side(head, None, "student")
+                assert side.tensor.dtype == side.weight.dtype == expected
+                value = kd.distillation_loss(head, head, backend="reference")
+                assert (value.device.type, value.dtype) == (device, torch.float32)
+    finally:
+        torch.set_autocast_enabled("cuda", enabled)
+        torch.set_autocast_dtype("cuda", dtype)
 
 
 def heads(tensors: Tensors, compute_dtype: torch.dtype | None) -> Tensor:

@@ -21,11 +21,12 @@ for package in ("transformers", "gguf", "accelerate", "psutil", "matplotlib"):
     pytest.importorskip(package, reason=f"the example needs {package}")
 sys.path.insert(0, str(EXAMPLES))
 
+import approximation_study  # noqa: E402
 import distill_lm  # noqa: E402
 import distillation_job  # noqa: E402
+import head_precision  # noqa: E402
 import smollm2  # noqa: E402
 import step_cost  # noqa: E402
-import tolerance_study  # noqa: E402
 import typer  # noqa: E402
 from training_step import DIVERGENCES, LossSettings  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
@@ -133,18 +134,26 @@ def test_measures_the_fused_loss_against_plain_pytorch(job, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_gradient_tolerance_changes_the_run_and_is_recorded(job, tmp_path: Path) -> None:
-    losses = []
-    for name, *flags in (("exact",), ("rounded", "--gradient-tolerance", 0.3, "--gradient-rounding", "stochastic")):
-        common = ("--steps", 3, "--tokens", 64, "--held-out-tokens", 64, "--no-measure", "--out", tmp_path / name)
-        status, output = job(*common, *flags)
+def test_approximations_of_the_head_change_the_run_and_are_recorded(job, tmp_path: Path) -> None:
+    common = ("--steps", 2, "--tokens", 64, "--held-out-tokens", 64, "--no-measure")
+    approximations = {
+        "exact": (),
+        "rounded": ("--gradient-tolerance", 0.3, "--gradient-rounding", "stochastic"),
+        "bfloat16": ("--head-dtype", "bfloat16"),
+    }
+    losses, configs = {}, {}
+    for name, flags in approximations.items():
+        status, output = job(*common, "--out", tmp_path / name, *flags)
         assert status == 0, output
         results = read_results(tmp_path / name)
-        losses.append(results["training"]["losses"])
-    assert results["config"]["gradient_tolerance"] == 0.3
-    assert results["config"]["gradient_rounding"] == "stochastic"
-    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
-    assert losses[0][-1] != losses[1][-1]
+        losses[name], configs[name] = results["training"]["losses"], results["config"]
+    assert configs["rounded"]["gradient_tolerance"] == 0.3
+    assert configs["rounded"]["gradient_rounding"] == "stochastic"
+    assert [configs[name]["head_dtype"] for name in approximations] == [None, None, "bfloat16"]
+    assert losses["exact"][0] == pytest.approx(losses["rounded"][0], rel=1e-5)
+    assert losses["exact"][0] == pytest.approx(losses["bfloat16"][0], rel=1e-2)
+    assert losses["exact"][0] != losses["bfloat16"][0]
+    assert losses["exact"][-1] != losses["rounded"][-1]
 
 
 @pytest.mark.parametrize("tolerance", [-1.0, 1.0, math.nan])
@@ -155,23 +164,55 @@ def test_a_gradient_tolerance_out_of_range_is_refused(job, tmp_path: Path, toler
 
 
 @pytest.mark.slow
-def test_tolerance_study(monkeypatch: pytest.MonkeyPatch, tiny_teacher: torch.nn.Module, tmp_path: Path) -> None:
+def test_approximation_study(monkeypatch: pytest.MonkeyPatch, tiny_teacher: torch.nn.Module, tmp_path: Path) -> None:
     monkeypatch.setattr(smollm2, "load_teacher", lambda device: (tiny_teacher.to(device), WordTokenizer()))
-    tolerance_study.main(tolerance=0.5, seeds=2, steps=6, tokens=128, held_out_tokens=128, out=tmp_path)
-    runs = json.loads((tmp_path / "tolerance_study.json").read_text())["runs"]
-    assert [(run["variant"], run["seed"]) for run in runs] == [
-        (variant, seed) for seed in range(2) for variant in ("exact", "nearest", "stochastic")
-    ]
+    variants = list(approximation_study.Variant)
+    sizes = {"seeds": 2, "steps": 6, "tokens": 128, "held_out_tokens": 128}
+    approximation_study.main(variant=variants, tolerance=0.5, **sizes, out=tmp_path)
+    runs = json.loads((tmp_path / "approximation_study.json").read_text())["runs"]
+    names = ["exact", "nearest", "stochastic", "bfloat16"]
+    assert [(run["variant"], run["seed"]) for run in runs] == [(name, seed) for seed in range(2) for name in names]
     for run in runs:
         assert len(run["losses"]) == len(run["seconds"]) == len(run["densities"]) == 6
         assert [steps for steps, _ in run["held_out"]] == [0, 1, 2, 4, 5, 6]
-    exact, nearest, stochastic = runs[:3]
-    assert set(exact["densities"]) == {1.0}
+    exact, nearest, stochastic, bfloat16 = runs[:4]
+    assert set(exact["densities"]) == set(bfloat16["densities"]) == {1.0}
     assert min(nearest["densities"]) < 1
     assert exact["losses"][0] == pytest.approx(nearest["losses"][0], rel=1e-5)
     assert exact["losses"][-1] != nearest["losses"][-1] != stochastic["losses"][-1]
-    assert runs[0]["losses"] != runs[3]["losses"]  # the text comes in another order
-    check_picture(tmp_path / "tolerance_study.png")
+    assert exact["losses"][0] != bfloat16["losses"][0] == pytest.approx(exact["losses"][0], rel=1e-2)
+    assert runs[0]["losses"] != runs[len(names)]["losses"]  # the text comes in another order
+    check_picture(tmp_path / "approximation_study.png")
+
+
+@pytest.mark.slow
+def test_head_precision(monkeypatch: pytest.MonkeyPatch, tiny_teacher: torch.nn.Module, tmp_path: Path) -> None:
+    monkeypatch.setattr(smollm2, "load_teacher", lambda device: (tiny_teacher.to(device), WordTokenizer()))
+    monkeypatch.setattr(head_precision, "NOISE", (1.0, 0.1))
+    head_precision.main(tokens=24, out=tmp_path)
+    results = json.loads((tmp_path / "head_precision.json").read_text())
+    assert results["tokens"] == 24
+    errors = {(row["divergence"], row["kl"], row["way"]): row for row in results["errors"]}
+    kls = sorted({kl for _, kl, _ in errors})
+    assert len(errors) == len(results["errors"]) == 2 * 2 * len(head_precision.WAYS)
+    assert 0 < kls[0] < 0.1 * kls[-1]
+    for (_, _, way), row in errors.items():
+        worst = max(row["token"], row["to_hidden"], row["to_weight"])
+        if way != "PyTorch, all under autocast":  # a JSD of 1e-4 comes out a hundred times as large there, and negative
+            assert worst < 1e-3 if way == "kdkernels, float32" else 1e-3 < worst < 1, row
+    for divergence in head_precision.COMPARED_DIVERGENCES:
+        for kl in kls:
+            exact_product, ours, autocast = (
+                errors[divergence, kl, way]
+                for way in (
+                    "kdkernels, bfloat16 operands, float32 logits",
+                    "kdkernels, bfloat16",
+                    "PyTorch, logits under autocast, float32 from there",
+                )
+            )
+            for what in ("token", "to_hidden", "to_weight"):
+                assert exact_product[what] < ours[what] < 1.2 * autocast[what]
+    check_picture(tmp_path / "head_precision.png")
 
 
 @pytest.mark.slow
@@ -265,16 +306,17 @@ def test_both_forms_of_every_loss_agree(divergence: str) -> None:
     assert max(agreement["fused"]["relative_errors"].values()) < 1e-5
 
 
-def test_a_wrong_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("head_dtype", "excess"), [(None, 1e-3), ("float32", 1e-3), ("bfloat16", 0.1)])
+def test_a_wrong_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch, head_dtype: str | None, excess: float) -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 5, 16), torch.randn(2, 99, 16) / 4
     inputs = (hidden[0].requires_grad_(), weight[0].requires_grad_(), hidden[1], weight[1])
-    settings = LossSettings()
+    settings = LossSettings(head_dtype=head_dtype)
     right = step_cost.LOSSES["fused"](settings)
 
     def wrong(student_hidden, *others):
-        """The right value, a gradient to the hidden states that is 0.1% too large."""
-        scaled = student_hidden + 1e-3 * (student_hidden - student_hidden.detach())
+        """The right value, a gradient to the hidden states that is too large."""
+        scaled = student_hidden + excess * (student_hidden - student_hidden.detach())
         return right(scaled, *others)
 
     assert step_cost.measure_agreement(settings, inputs)["agree"] is True

@@ -1,19 +1,30 @@
-"""Does a student trained with a gradient tolerance end where the exact gradient leads? Three seeds each, side by side.
+"""Does a student trained with an approximate head end where the exact one leads? Three seeds each, side by side.
 
-    python examples/tolerance_study.py                    # some twenty minutes on two CPU cores
-    python examples/tolerance_study.py --steps 20 --seeds 1 --out out/quick
+    python examples/approximation_study.py                    # some twenty minutes on two CPU cores
+    python examples/approximation_study.py --variant exact --variant bfloat16
+    python examples/approximation_study.py --steps 20 --seeds 1 --out out/quick
 
 The job is that of ``distill_lm.py``: SmolLM2-135M teaches a student cut from it, on Python's language reference. The
-students of one seed, one for each way of rounding, take every step together: they share the batch and the teacher's hidden
-states, and their times are taken in turn. Files under ``--out``:
+students of one seed, one for each variant of the loss, take every step together: they share the batch and the teacher's
+hidden states, and their times are taken in turn. Held-out text is evaluated in float32 whatever they were trained with. The
+variants:
 
-    tolerance_study.json    settings, and of every run the losses, held-out KL, seconds and density of each step
-    tolerance_study.png     held-out KL by steps, its spread at the end, the density and the time over training
+    exact         float32, the exact gradient
+    nearest       a gradient tolerance, small entries replaced by their mean
+    stochastic    a gradient tolerance, small entries rounded at random without bias
+    bfloat16      both heads' logits, and the products of the gradient, in bfloat16
+
+Files under ``--out``:
+
+    approximation_study.json    settings, and of every run the losses, held-out KL, seconds and density of each step
+    approximation_study.png     held-out KL by steps, its spread at the end with a line for each seed, the time over
+                                training, and with a gradient tolerance the density
 """
 
 from __future__ import annotations
 
 import copy
+import enum
 import os
 import statistics
 import time
@@ -46,13 +57,21 @@ COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red")
 console = Console()
 
 
-def variants(tolerance: float) -> dict[str, LossSettings]:
-    """Ways to round the gradient, by name."""
-    rounded = {
-        rounding: LossSettings(gradient_tolerance=tolerance, gradient_rounding=rounding)
-        for rounding in ("nearest", "stochastic")
-    }
-    return {"exact": LossSettings(), **rounded}
+class Variant(str, enum.Enum):
+    exact = "exact"
+    nearest = "nearest"
+    stochastic = "stochastic"
+    bfloat16 = "bfloat16"
+
+    def loss(self, tolerance: float) -> LossSettings:
+        if self is Variant.exact:
+            return LossSettings()
+        if self is Variant.bfloat16:
+            return LossSettings(head_dtype="bfloat16")
+        return LossSettings(gradient_tolerance=tolerance, gradient_rounding=self.value)
+
+
+DEFAULT_VARIANTS = (Variant.exact, Variant.nearest, Variant.stochastic)
 
 
 @dataclass
@@ -138,35 +157,45 @@ def of_variant(runs: list[Run], variant: str) -> list[Run]:
     return [run for run in runs if run.variant == variant]
 
 
+def final_kls(runs: list[Run], variant: str) -> list[float]:
+    """Seed by seed."""
+    return [run.final_kl for run in of_variant(runs, variant)]
+
+
 def mean_by_step(series: list[list[float]]) -> list[float]:
     return [statistics.fmean(values) for values in zip(*series, strict=True)]
 
 
 def draw(runs: list[Run], names: list[str], file: Path) -> None:
-    with row_of_axes(file, 4, width=5, height=4) as (curves, spread, density, seconds):
+    listed = any(min(run.densities) < 1 for run in runs)
+    with row_of_axes(file, 4 if listed else 3, width=5, height=4) as (curves, spread, seconds, *optional):
         curves.set(
             title="KL(teacher || student) on held-out text", xlabel="step", ylabel="nats per token", yscale="log"
         )
         spread.set(title="The same at the end, every seed", ylabel="nats per token")
-        density.set(title="Entries kept of the logit gradient", xlabel="step", yscale="log", ylabel="share")
         seconds.set(title="Student's part of a step", xlabel="step", ylabel="seconds")
         for position, (name, color) in enumerate(zip(names, COLORS, strict=False)):
             mine = of_variant(runs, name)
             for number, run in enumerate(mine):
                 label = name if number == 0 else None
                 curves.plot(*zip(*run.held_out, strict=True), color=color, marker="o", markersize=3, label=label)
-            finals = [run.final_kl for run in mine]
+            finals = final_kls(runs, name)
             spread.plot([position] * len(finals), finals, "o", color=color)
             spread.hlines(statistics.fmean(finals), position - 0.2, position + 0.2, color=color)
             steps = range(1, len(mine[0].losses) + 1)
-            density.plot(steps, mean_by_step([run.densities for run in mine]), color=color, label=name)
             average = moving_average(mean_by_step([run.seconds for run in mine]), 5)
             seconds.plot(steps, average, color=color, label=name)
+            for density in optional:
+                density.plot(steps, mean_by_step([run.densities for run in mine]), color=color, label=name)
+        for finals in zip(*(final_kls(runs, name) for name in names), strict=True):
+            spread.plot(range(len(names)), finals, color="gray", linewidth=0.8, zorder=0)
         spread.set_xticks(range(len(names)), names)
         seconds.set_ylim(bottom=0)
-        for axes in (curves, density, seconds):
+        for density in optional:
+            density.set(title="Entries kept of the logit gradient", xlabel="step", yscale="log", ylabel="share")
+        for axes in (curves, seconds, *optional):
             axes.legend(frameon=False)
-        for axes in (curves, spread, density, seconds):
+        for axes in (curves, spread, seconds, *optional):
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
 
@@ -174,20 +203,25 @@ def draw(runs: list[Run], names: list[str], file: Path) -> None:
 def summary(runs: list[Run], names: list[str]) -> Table:
     table = Table(title=f"After {len(runs[0].losses)} steps", title_justify="left")
     table.add_column("")
-    for heading in ("held-out KL, mean", "smallest to largest", "entries kept", "seconds per step", "of exact"):
+    base = names[0]
+    headings = ("held-out KL, mean", "smallest to largest", f"minus {base}'s, by seed")
+    for heading in (*headings, "entries kept", "seconds per step", f"of {base}"):
         table.add_column(heading, justify="right")
-    exact = [run.seconds for run in of_variant(runs, "exact")]
     for name in names:
         mine = of_variant(runs, name)
-        finals = [run.final_kl for run in mine]
+        finals = final_kls(runs, name)
+        differences = [found - other for found, other in zip(finals, final_kls(runs, base), strict=True)]
         late = slice(len(mine[0].losses) // 2, None)  # the second half, when the student resembles its teacher
         ratios = [
-            a / b for run, other in zip(mine, exact, strict=True) for a, b in zip(run.seconds, other, strict=True)
+            a / b
+            for run, other in zip(mine, of_variant(runs, base), strict=True)
+            for a, b in zip(run.seconds, other.seconds, strict=True)
         ]
         table.add_row(
             name,
             f"{statistics.fmean(finals):.3f}",
             f"{min(finals):.3f} to {max(finals):.3f}",
+            ", ".join(f"{difference:+.3f}" for difference in differences),
             f"{statistics.fmean(value for run in mine for value in run.densities[late]):.1%}",
             f"{statistics.median(value for run in mine for value in run.seconds[late]):.2f}",
             f"{statistics.median(ratios):.2f}",
@@ -197,21 +231,31 @@ def summary(runs: list[Run], names: list[str]) -> Table:
 
 def main(
     *,
-    tolerance: Annotated[float, typer.Option(min=0.0, max=0.5, help="Of both ways of rounding.")] = 1e-3,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each way, with the text in another order.")] = 3,
+    variant: Annotated[
+        list[Variant] | None, typer.Option(help="Repeatable, the first is compared with; default: all but bfloat16.")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(min=0.0, max=0.5, help="Of nearest and stochastic.")] = 1e-3,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant, with the text in another order.")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 80,
     tokens: Annotated[int, typer.Option(min=SEQUENCE_LENGTH, help="Tokens per step.")] = 512,
     held_out_tokens: Annotated[int, typer.Option(min=SEQUENCE_LENGTH, help="To evaluate on, at most.")] = 2048,
     learning_rate: Annotated[float, typer.Option(help="Peak, after warm-up.")] = 1.5e-3,
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/tolerance"),
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/approximation"),
 ) -> None:
-    """Train with the exact and with rounded gradients of the head, and compare where the students end."""
+    """Train with the exact and with approximate heads, and compare where the students end."""
     prepare_folder(out)
     with console.status("Loading the teacher and tokenising the text"):
         teacher, tokenizer = smollm2.load_teacher(torch.device("cpu"))
         text = smollm2.load_text(tokenizer, SEQUENCE_LENGTH)
         held_out = HeldOut.of(teacher, pick_evenly(text.held_out, held_out_tokens // SEQUENCE_LENGTH))
-    losses = variants(tolerance)
+    losses = {chosen.value: chosen.loss(tolerance) for chosen in variant or DEFAULT_VARIANTS}
+    settings = {
+        "tolerance": tolerance,
+        "seeds": seeds,
+        "steps": steps,
+        "tokens": tokens,
+        "learning_rate": learning_rate,
+    }
     runs: list[Run] = []
     with Progress(console=console) as progress:
         for seed in range(seeds):
@@ -226,19 +270,13 @@ def main(
                 learning_rate=learning_rate,
                 progress=progress,
             )
+            # After every seed: a study that is cut short keeps those it finished.
+            write_json({"settings": settings, "runs": [asdict(run) for run in runs]}, out / "approximation_study.json")
     names = list(losses)
-    settings = {
-        "tolerance": tolerance,
-        "seeds": seeds,
-        "steps": steps,
-        "tokens": tokens,
-        "learning_rate": learning_rate,
-    }
-    write_json({"settings": settings, "runs": [asdict(run) for run in runs]}, out / "tolerance_study.json")
-    draw(runs, names, out / "tolerance_study.png")
+    draw(runs, names, out / "approximation_study.png")
     console.print(summary(runs, names))
     for suffix in ("json", "png"):
-        console.print(f"written: {out / f'tolerance_study.{suffix}'}", highlight=False)
+        console.print(f"written: {out / f'approximation_study.{suffix}'}", highlight=False)
 
 
 if __name__ == "__main__":
