@@ -214,6 +214,19 @@ def head_mass(dtype: torch.dtype, sizes: Sizes) -> int:
     return student.numel()
 
 
+def row_deviation(dtype: torch.dtype, sizes: Sizes) -> int:
+    source, _ = pair(dtype, sizes)
+    backend.row_deviation(source, 1e-7)
+    return source.numel()
+
+
+def row_deviation_backward(dtype: torch.dtype, sizes: Sizes) -> int:
+    source, gradient = pair(dtype, sizes)
+    moments = torch.zeros(sizes.rows), torch.ones(sizes.rows)
+    backend.row_deviation_backward(source, *moments, gradient)
+    return source.numel()
+
+
 def token_ranks(dtype: torch.dtype, sizes: Sizes) -> int:
     source, _ = pair(dtype, sizes)
     backend.token_ranks(source, torch.zeros(sizes.rows, 1, dtype=torch.int64))
@@ -296,6 +309,8 @@ def calls() -> Iterator[Call]:
             brief=form == BernoulliForm.KL,
         )
     yield Call("head_mass", "", ("head_mass",), head_mass)
+    yield Call("row_deviation", "", ("row_deviation",), row_deviation, streams=1)
+    yield Call("row_deviation", "backward", ("row_deviation_backward",), row_deviation_backward, streams=2)
     yield Call("ranking", "", ("token_ranks",), token_ranks, streams=1, brief=True)
 
 

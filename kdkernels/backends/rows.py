@@ -55,6 +55,13 @@ is float64 if either side is, else float32.
     ``grad`` ``[B, n, m]``, ``centres`` ``[B n]`` and ``[B m]``, each contiguous and of the compute type. None: not
     wanted. Each may be the storage of its own logits.
 
+``row_deviation(logits, least) -> (means [N], deviations [N])``
+    Mean and standard deviation of each row, by ``1 / (V - 1)`` (one entry: by 1), of the compute type; a deviation below
+    ``least`` is taken for that.
+``row_deviation_backward(logits, means, deviations, gradient)``
+    Takes ``<g, s - mean> (s - mean) / ((V - 1) deviation ** 2)`` off the gradient g ``[N, V]`` of a loss whose temperature is
+    the deviation, in place: what is missing where g is that of the loss with its temperature as a number.
+
 ``angle(student, teacher, corners) -> (losses [B], gradient [B, B], sums [B, B])``
     Not of rows but of points: see ``backends.angles``.
 

@@ -17,6 +17,7 @@ from kdkernels.backends.triton.linear_divergence import linear_divergence, linea
 from kdkernels.backends.triton.pairwise_l1 import pairwise_l1_backward, pairwise_l1_forward, pairwise_normalisers
 from kdkernels.backends.triton.ranking import plackett_luce, token_ranks
 from kdkernels.backends.triton.records import unpack_records
+from kdkernels.backends.triton.row_deviation import row_deviation, row_deviation_backward
 from kdkernels.backends.triton.sinkhorn import SINKHORN_POTENTIALS, sinkhorn_backward, sinkhorn_forward
 from kdkernels.backends.triton.sorted_l1 import sorted_l1
 from kdkernels.backends.triton.sparse_divergence import sparse_divergence_fused
@@ -38,6 +39,8 @@ __all__ = [
     "pairwise_l1_forward",
     "pairwise_normalisers",
     "plackett_luce",
+    "row_deviation",
+    "row_deviation_backward",
     "sample",
     "sinkhorn_backward",
     "sinkhorn_forward",

@@ -57,6 +57,7 @@ class Kernels(NamedTuple):
     pairwise_l1: ModuleType
     ranking: ModuleType
     records: ModuleType
+    row_deviation: ModuleType
     sinkhorn: ModuleType
     sorted_l1: ModuleType
     sparse_divergence: ModuleType
@@ -80,6 +81,7 @@ def load_kernels() -> Kernels:
         pairwise_l1,
         ranking,
         records,
+        row_deviation,
         sinkhorn,
         sorted_l1,
         sparse_divergence,
@@ -101,6 +103,7 @@ def load_kernels() -> Kernels:
         pairwise_l1,
         ranking,
         records,
+        row_deviation,
         sinkhorn,
         sorted_l1,
         sparse_divergence,
