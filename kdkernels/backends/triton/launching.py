@@ -28,6 +28,7 @@ __all__ = [
     "prepare_launch",
     "register_limit",
     "row_arguments",
+    "split_of",
     "status",
     "supports",
     "trial",
@@ -50,6 +51,7 @@ class Kernels(NamedTuple):
     triton_error: type[Exception]
     out_of_resources: type[Exception]
     version: str
+    angle: ModuleType
     bernoulli: ModuleType
     divergence: ModuleType
     head_mass: ModuleType
@@ -73,6 +75,7 @@ def load_kernels() -> Kernels:
     from triton.runtime.errors import OutOfResources, TritonError
 
     from kdkernels.triton_kernels import (
+        angle,
         bernoulli,
         divergence,
         head_mass,
@@ -96,6 +99,7 @@ def load_kernels() -> Kernels:
         TritonError,
         OutOfResources,
         triton.__version__,
+        angle,
         bernoulli,
         divergence,
         head_mass,
@@ -120,6 +124,19 @@ def is_hip() -> bool:
 
 def device_of(tensor: Tensor) -> Device:
     return gpu(tensor.device.index) if tensor.is_cuda else INTERPRETER
+
+
+PROGRAMS = 1024
+"""Of a launch at least, where its work can be split: more than run on a GPU at once."""
+
+
+def split_of(size: int, programs: int, smallest: int, step: int = 1) -> int:
+    """Entries of a part, where a sum over so many entries may be made in parts of a few programs each.
+
+    By the shape alone, so that sums repeat. smallest: entries that a part is worth a program for; step: the loop's.
+    """
+    parts = max(1, min(-(-PROGRAMS // programs), size // smallest))
+    return -(-size // parts // step) * step
 
 
 def warp_size(tensor: Tensor) -> int:
