@@ -42,6 +42,7 @@ ROW_KERNELS = (
     "head_mass",
     "row_deviation",
     "row_deviation_backward",
+    "token_set",
     PICKING_KERNEL,
 )
 """The kernels with launch sizes to choose."""

@@ -227,6 +227,13 @@ def row_deviation_backward(dtype: torch.dtype, sizes: Sizes) -> int:
     return source.numel()
 
 
+def token_set(dtype: torch.dtype, sizes: Sizes) -> int:
+    source, _ = pair(dtype, sizes)
+    members = torch.arange(sizes.vocab) % 2 == 0
+    backend.token_set(source, members, RowSpec(0, 0.0, 0.0), torch.ones(sizes.rows), torch.empty_like(source))
+    return source.numel()
+
+
 def angle(dtype: torch.dtype, sizes: Sizes) -> int:
     student, teacher = (logits(dtype, sizes.points, sizes.points, seed) for seed in range(2))
     lengths = torch.ones(sizes.points, sizes.points, dtype=dtype)
@@ -318,6 +325,7 @@ def calls() -> Iterator[Call]:
     yield Call("head_mass", "", ("head_mass",), head_mass)
     yield Call("row_deviation", "", ("row_deviation",), row_deviation, streams=1)
     yield Call("row_deviation", "backward", ("row_deviation_backward",), row_deviation_backward, streams=2)
+    yield Call("token_set", "", ("token_set",), token_set, streams=1)
     yield Call("angle", "", ("angle_gradient", "angle_sums"), angle, unit="triple", dtypes=("fp64",))
     yield Call("ranking", "", ("token_ranks",), token_ranks, streams=1, brief=True)
 

@@ -32,6 +32,10 @@ is float64 if either side is, else float32.
     teacher masks has no weight, except for a label whose weight is given. ``reference.ranking`` is the definition.
 ``token_ranks(logits, ids) -> int64 [N, m]``
     How many logits of the row exceed that of each id ``[N, m]``; -1 for the id -1, V if its logit is NaN.
+``token_set(logits, members, spec, grad_values, gradient) -> values [N]``
+    The log-probabilities that tokens are of the set ``members``, bool ``[V]``, which has one at least, under the student's
+    temperature and softcap. The gradient of ``sum(grad_values * values)`` is written into ``gradient`` (None: not wanted), which
+    may be the storage of ``logits``.
 ``token_statistics(student, teacher or None, spec) -> (values [N, 10], argmax [N, 2])``
     The columns are named in ``STATISTICS``.
 ``topk(logits, k, tempering) -> (ids int64 [N, k], log_probs [N, k], log_tail_mass [N])``

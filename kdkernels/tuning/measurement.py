@@ -251,6 +251,13 @@ def row_deviation_backward(student: Tensor, teacher: Tensor) -> Work:
     return run
 
 
+def token_set(student: Tensor, teacher: Tensor) -> Work:
+    """Of every other token."""
+    members = torch.arange(student.shape[1], device=student.device) % 2 == 0
+    scale, gradient = upstream(student), torch.empty_like(student)
+    return lambda: (triton.token_set(student, members, SPECS[0], scale, gradient), gradient)
+
+
 def topk(student: Tensor, teacher: Tensor) -> Work:
     return lambda: triton.topk(teacher, min(TOP, teacher.shape[1]), Tempering(1.0))
 
@@ -265,6 +272,7 @@ WORK: dict[str, Callable[[Tensor, Tensor], Work]] = {
     "head_mass": head_mass,
     "row_deviation": row_deviation,
     "row_deviation_backward": row_deviation_backward,
+    "token_set": token_set,
     "topk": topk,
 }
 assert set(WORK) == set(ROW_KERNELS)

@@ -24,7 +24,7 @@ INTEGERS |= {
 TYPES: dict[str, str] = dict.fromkeys(INTEGERS, "i32")
 TYPES |= dict.fromkeys(("row_lengths", "column_lengths", "student_order", "teacher_order"), "*i64")
 TYPES |= dict.fromkeys(("ids", "ranks", "corners"), "*i64")
-TYPES |= {"iterations": "*i64", "status": "*i32", "active": "*i1"}
+TYPES |= {"iterations": "*i64", "status": "*i32", "active": "*i1", "members": "*i1"}
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from kdkernels.backends.triton.row_deviation import row_deviation, row_deviation
 from kdkernels.backends.triton.sinkhorn import SINKHORN_POTENTIALS, sinkhorn_backward, sinkhorn_forward
 from kdkernels.backends.triton.sorted_l1 import sorted_l1
 from kdkernels.backends.triton.sparse_divergence import sparse_divergence_fused
+from kdkernels.backends.triton.token_set import token_set
 from kdkernels.backends.triton.token_statistics import token_statistics
 from kdkernels.backends.triton.topk import sample, topk
 
@@ -49,6 +50,7 @@ __all__ = [
     "status",
     "supports",
     "token_ranks",
+    "token_set",
     "token_statistics",
     "topk",
     "unpack_records",

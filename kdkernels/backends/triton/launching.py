@@ -63,6 +63,7 @@ class Kernels(NamedTuple):
     sinkhorn: ModuleType
     sorted_l1: ModuleType
     sparse_divergence: ModuleType
+    token_set: ModuleType
     token_statistics: ModuleType
     topk: ModuleType
     tiling: ModuleType
@@ -89,6 +90,7 @@ def load_kernels() -> Kernels:
         sorted_l1,
         sparse_divergence,
         tiling,
+        token_set,
         token_statistics,
         topk,
     )
@@ -111,6 +113,7 @@ def load_kernels() -> Kernels:
         sinkhorn,
         sorted_l1,
         sparse_divergence,
+        token_set,
         token_statistics,
         topk,
         tiling,
