@@ -65,14 +65,10 @@ def test_near_and_coinciding_points(interpreter: Worker) -> None:
     torch.testing.assert_close(gradient.double() / size, truth[1] / size, rtol=0, atol=1e-6)
 
 
-CASES = [
-    Case(f"angle_{kernel}", target, "fp64", (("TILE", TILE),), THREADS // TARGETS[target][2], family="angle")
-    for kernel, target in (("gradient", "sm_90"), ("sums", "gfx942"))
-]
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_compiles_without_spills(case: Case, compiler: Worker) -> None:
+def test_compiles_without_spills(compiler: Worker) -> None:
+    """The one that takes more registers, where programs have half as many warps."""
+    warps = THREADS // TARGETS["gfx942"][2]
+    case = Case("angle_sums", "gfx942", "fp64", (("TILE", TILE),), warps, family="angle")
     assert compiler(aot_transport.compiled_resources, case)["spilled_bytes"] == 0
 
 
