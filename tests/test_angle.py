@@ -62,20 +62,6 @@ def test_value_and_gradient(case: str, backend: str) -> None:
     )
 
 
-def test_blocks_of_torch_operations_are_the_kernel() -> None:
-    from kdkernels.backends.cpu.angle import angle as native
-    from kdkernels.backends.triton.angle import angle as blocked
-
-    sides = []
-    for side in points("apart"):
-        squares = torch.cdist(side, side).square().fill_diagonal_(torch.inf)
-        sides.append((side @ side.T, squares.rsqrt()))
-    corners = torch.tensor([0, 2, 5])
-    for one, other in zip(native(*sides, corners), blocked(*sides, corners), strict=True):
-        assert float(one.abs().max()) > 0
-        torch.testing.assert_close(one, other)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_accuracy(dtype: torch.dtype) -> None:
     student, teacher = (side.to(dtype) for side in points("near", 6))

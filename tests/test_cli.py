@@ -120,6 +120,7 @@ def test_check_passes() -> None:
         "plackett_luce",
         "bernoulli_loss",
         "head_mass",
+        "row_deviation",
         "relation_loss",
         "angle_loss",
         "sinkhorn",

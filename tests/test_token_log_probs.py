@@ -154,7 +154,7 @@ def test_operator() -> None:
     hidden, weight = torch.randn(4, 3, requires_grad=True), torch.randn(9, 3, requires_grad=True)
     token_set = torch.tensor([1, 4])
     found = prepare_token_set(kd.LMHead(hidden, weight), token_set, temperature=2.0, mask=None, vocab_size=None)
-    arguments = (hidden, weight, None, 1.0, found.members, None, *pack_spec(found.problem.spec))
+    arguments = (hidden, weight, None, 1.0, found.members, None, "cpu", *pack_spec(found.problem.spec))
     torch.library.opcheck(token_set_op, arguments)
 
 

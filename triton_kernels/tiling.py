@@ -40,6 +40,9 @@ ROW_KERNELS = (
     "sparse_divergence_backward",
     "bernoulli",
     "head_mass",
+    "row_deviation",
+    "row_deviation_backward",
+    "token_set",
     PICKING_KERNEL,
 )
 """The kernels with launch sizes to choose."""

@@ -27,7 +27,7 @@ __all__ = ["CALLS", "COMPILED", "COUNTED", "DTYPES", "Call", "Sizes", "named"]
 MULTIPLIED = 1024
 """Multiplications that are one unit of work of LM heads: by logits, their figures would grow with the hidden size."""
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 class Heads(NamedTuple):
@@ -69,7 +69,7 @@ class Call:
     """What figures are divided by: a logit position (student and teacher have one in common), a pair, an entry."""
     streams: int | None = None
     """How many matrices of logits a sweep of each kernel reads; None: not a kernel whose loops are sweeps over a row."""
-    dtypes: tuple[str, ...] = tuple(DTYPES)
+    dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")
     """Those that it is compiled and counted for. Of a kernel with many versions not all are in fp16, which differs from bf16 in its
     conversions alone."""
     brief: bool = False
@@ -214,6 +214,33 @@ def head_mass(dtype: torch.dtype, sizes: Sizes) -> int:
     return student.numel()
 
 
+def row_deviation(dtype: torch.dtype, sizes: Sizes) -> int:
+    source, _ = pair(dtype, sizes)
+    backend.row_deviation(source, 1e-7)
+    return source.numel()
+
+
+def row_deviation_backward(dtype: torch.dtype, sizes: Sizes) -> int:
+    source, gradient = pair(dtype, sizes)
+    moments = torch.zeros(sizes.rows), torch.ones(sizes.rows)
+    backend.row_deviation_backward(source, *moments, gradient)
+    return source.numel()
+
+
+def token_set(dtype: torch.dtype, sizes: Sizes) -> int:
+    source, _ = pair(dtype, sizes)
+    members = torch.arange(sizes.vocab) % 2 == 0
+    backend.token_set(source, members, RowSpec(0, 0.0, 0.0), torch.ones(sizes.rows), torch.empty_like(source))
+    return source.numel()
+
+
+def angle(dtype: torch.dtype, sizes: Sizes) -> int:
+    student, teacher = (logits(dtype, sizes.points, sizes.points, seed) for seed in range(2))
+    lengths = torch.ones(sizes.points, sizes.points, dtype=dtype)
+    backend.angle((student @ student.T, lengths), (teacher @ teacher.T, lengths), torch.arange(sizes.points))
+    return sizes.points**3
+
+
 def token_ranks(dtype: torch.dtype, sizes: Sizes) -> int:
     source, _ = pair(dtype, sizes)
     backend.token_ranks(source, torch.zeros(sizes.rows, 1, dtype=torch.int64))
@@ -227,7 +254,7 @@ def named(kind: Kind) -> str:
 
 
 def dtypes(all_of_them: bool) -> tuple[str, ...]:
-    return tuple(DTYPES) if all_of_them else ("fp32", "bf16")
+    return ("fp32", "bf16", "fp16") if all_of_them else ("fp32", "bf16")
 
 
 def calls() -> Iterator[Call]:
@@ -296,6 +323,10 @@ def calls() -> Iterator[Call]:
             brief=form == BernoulliForm.KL,
         )
     yield Call("head_mass", "", ("head_mass",), head_mass)
+    yield Call("row_deviation", "", ("row_deviation",), row_deviation, streams=1)
+    yield Call("row_deviation", "backward", ("row_deviation_backward",), row_deviation_backward, streams=2)
+    yield Call("token_set", "", ("token_set",), token_set, streams=1)
+    yield Call("angle", "", ("angle_gradient", "angle_sums"), angle, unit="triple", dtypes=("fp64",))
     yield Call("ranking", "", ("token_ranks",), token_ranks, streams=1, brief=True)
 
 

@@ -187,9 +187,11 @@ def byte_counts(traffic: Sequence[TrafficRow]) -> list[str]:
     for name, call in CALLS.items():
         if call.family == "divergence":
             continue
-        totals = [by.get((name, dtype)) for dtype in ("fp32", "bf16")]
+        double = call.dtypes == ("fp64",)
+        totals = [by.get((name, dtype)) for dtype in (("fp64",) * 2 if double else ("fp32", "bf16"))]
+        title = f"{name} (in fp64)" if double else name
         others.append(
-            (name, *(f"{sum(row.bytes for row in total):.1f}" if total else "–" for total in totals), call.unit)
+            (title, *(f"{sum(row.bytes for row in total):.1f}" if total else "–" for total in totals), call.unit)
         )
     remarks = []
     for dtype, most in TARGET_BYTES.items():

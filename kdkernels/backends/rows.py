@@ -32,6 +32,10 @@ is float64 if either side is, else float32.
     teacher masks has no weight, except for a label whose weight is given. ``reference.ranking`` is the definition.
 ``token_ranks(logits, ids) -> int64 [N, m]``
     How many logits of the row exceed that of each id ``[N, m]``; -1 for the id -1, V if its logit is NaN.
+``token_set(logits, members, spec, grad_values, gradient) -> values [N]``
+    The log-probabilities that tokens are of the set ``members``, bool ``[V]``, which has one at least, under the student's
+    temperature and softcap. The gradient of ``sum(grad_values * values)`` is written into ``gradient`` (None: not wanted), which
+    may be the storage of ``logits``.
 ``token_statistics(student, teacher or None, spec) -> (values [N, 10], argmax [N, 2])``
     The columns are named in ``STATISTICS``.
 ``topk(logits, k, tempering) -> (ids int64 [N, k], log_probs [N, k], log_tail_mass [N])``
@@ -54,6 +58,13 @@ is float64 if either side is, else float32.
     and ``y_v (sum_i grad_ij sign(y_v - x_v) - centre_j) / temperature``; what a softcap and the floor make of it besides.
     ``grad`` ``[B, n, m]``, ``centres`` ``[B n]`` and ``[B m]``, each contiguous and of the compute type. None: not
     wanted. Each may be the storage of its own logits.
+
+``row_deviation(logits, least) -> (means [N], deviations [N])``
+    Mean and standard deviation of each row, by ``1 / (V - 1)`` (one entry: by 1), of the compute type; a deviation below
+    ``least`` is taken for that.
+``row_deviation_backward(logits, means, deviations, gradient)``
+    Takes ``<g, s - mean> (s - mean) / ((V - 1) deviation ** 2)`` off the gradient g ``[N, V]`` of a loss whose temperature is
+    the deviation, in place: what is missing where g is that of the loss with its temperature as a number.
 
 ``angle(student, teacher, corners) -> (losses [B], gradient [B, B], sums [B, B])``
     Not of rows but of points: see ``backends.angles``.

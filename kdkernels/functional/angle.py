@@ -24,8 +24,8 @@ def angle_loss(student: Tensor, teacher: Tensor, *, backend: str | None = None) 
     Args:
         student: points ``[B, d]``; float32, bfloat16, float16 or float64, computed in float64.
         teacher: points ``[B, d']``; no gradient flows to them.
-        backend: "reference", "cpu" or "triton" (blocks of torch operations on a GPU); None takes the best available, and in
-            ``torch.func`` transformations and forward-mode differentiation the reference.
+        backend: "reference", "cpu" or "triton"; None takes the best available, and in ``torch.func`` transformations and
+            forward-mode differentiation the reference.
 
     Returns:
         A 0-d tensor, float32, or float64 if a side is float64; 0 without points.

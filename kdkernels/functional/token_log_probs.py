@@ -79,8 +79,9 @@ def token_set_log_probs(
     Args:
         source, temperature, mask, vocab_size: as in ``token_log_probs``.
         token_set: bool ``[V]``, True for the members, or their ids ``[K]``.
-        memory_budget: bytes for temporary rows of the vocabulary; None: 128 MiB on the CPU, 1 GiB on a GPU.
-        backend: "reference" computes on whole ``[N, V]`` tensors; all others share one computation in PyTorch.
+        memory_budget: bytes for the temporary logits of an LMHead; None: 128 MiB on the CPU, 1 GiB on a GPU.
+        backend: "reference" computes on whole ``[N, V]`` tensors, "cpu" and "cuda" in PyTorch on some rows at a time, "triton" in
+            a kernel; None takes the best available.
 
     Returns:
         ``[...]``, 0 where a token does not count; float32, or float64 if the source is.
@@ -97,4 +98,4 @@ def token_set_log_probs(
         if backend == "reference":
             return set_log_probs(found).reshape(problem.batch_shape)
         refuse_temperature_gradient(problem)
-        return token_set_ops.rows(found, memory_budget).reshape(problem.batch_shape)
+        return token_set_ops.rows(found, memory_budget, backend).reshape(problem.batch_shape)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdkernels.backends import row_backend
-from kdkernels.backends.rows import compute_dtype
+from kdkernels.reference import row_deviation as reference
 
 __all__ = ["LEAST", "ThroughDeviation", "row_deviation"]
 
@@ -17,15 +16,14 @@ LEAST = 1e-7
 """That a standard deviation is taken for."""
 
 
+def implementation(backend: str) -> Any:
+    return reference if backend == "reference" else row_backend(backend)
+
+
 def row_deviation(logits: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation ``[N]`` of rows ``[N, V]``, by 1 / (V - 1), of the compute type. Without gradient."""
-    if backend == "cpu":
-        found: tuple[Tensor, Tensor] = row_backend("cpu").row_deviation(logits.detach(), LEAST)
-        return found
-    rows = logits.detach().to(compute_dtype(logits, None))
-    mean = rows.mean(-1)
-    squares = torch.linalg.vector_norm(rows - mean.unsqueeze(-1), dim=-1)
-    return mean, (squares / math.sqrt(max(1, rows.shape[1] - 1))).clamp(min=LEAST)
+    found: tuple[Tensor, Tensor] = implementation(backend).row_deviation(logits.detach(), LEAST)
+    return found
 
 
 class ThroughDeviation(torch.autograd.Function):
@@ -46,11 +44,6 @@ class ThroughDeviation(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         logits, mean, deviation = ctx.saved_tensors
-        if ctx.backend == "cpu" and gradient.stride(-1) == 1:
-            row_backend("cpu").row_deviation_backward(logits, mean, deviation, gradient)
-            return gradient, None, None, None
-        from_mean = logits.to(mean.dtype) - mean.unsqueeze(-1)
-        product = torch.linalg.vecdot(gradient.to(mean.dtype), from_mean)
-        factor = product / (max(1, logits.shape[1] - 1) * deviation.square())
-        gradient.sub_((factor.unsqueeze(-1) * from_mean).to(gradient.dtype))
+        gradient = gradient.contiguous()
+        implementation(ctx.backend).row_deviation_backward(logits, mean, deviation, gradient)
         return gradient, None, None, None

@@ -19,14 +19,14 @@ from kdkernels.reference.token_log_probs import set_log_probs
 __all__ = ["rows"]
 
 SIDE = "Tensor source, Tensor? weight, Tensor? bias, float scale"
-REST = f"Tensor members, int? memory_budget, {SPEC}"
+REST = f"Tensor members, int? memory_budget, str backend, {SPEC}"
 TENSORS = 3
 """The tensors of the source, which lead the arguments."""
 
 
 def forward(*arguments: Any) -> Tensor:
-    members, memory_budget, *packed = arguments[TENSORS + 1 :]
-    return token_set.values(Side(*arguments[: TENSORS + 1]), members, unpack_spec(packed), memory_budget)
+    members, memory_budget, backend, *packed = arguments[TENSORS + 1 :]
+    return token_set.values(Side(*arguments[: TENSORS + 1]), members, unpack_spec(packed), memory_budget, backend)
 
 
 token_set_op = torch.library.custom_op(
@@ -40,11 +40,11 @@ def _(source: Tensor, *_: Any) -> Tensor:
 
 
 def backward(*arguments: Any) -> list[Tensor]:
-    side, (upstream, wanted, members, memory_budget, *packed) = (
+    side, (upstream, wanted, members, memory_budget, backend, *packed) = (
         Side(*arguments[: TENSORS + 1]),
         arguments[TENSORS + 1 :],
     )
-    found = token_set.gradients(side, members, unpack_spec(packed), upstream, Needs(*wanted), memory_budget)
+    found = token_set.gradients(side, members, unpack_spec(packed), upstream, Needs(*wanted), memory_budget, backend)
     return [side.tensor.new_empty(0) if gradient is None else gradient for gradient in found]
 
 
@@ -75,14 +75,14 @@ def backward_rows(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
     arguments = [other if tensor is None else tensor for tensor, other in zip(saved(ctx), ctx.others, strict=True)]
     wanted = list(ctx.needs_input_grad[:TENSORS])
     if torch.is_grad_enabled():
-        scale, members, _, *packed = arguments[TENSORS:]
+        scale, members, _, _, *packed = arguments[TENSORS:]
         gradients = second_order(arguments[:TENSORS], scale, members, unpack_spec(packed), wanted, upstream)
     else:
         found = token_set_backward_op(
             *arguments[: TENSORS + 1], upstream.contiguous(), wanted, *arguments[TENSORS + 1 :]
         )
         gradients = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
-    return *gradients, None, None, None, *spec_gradients(ctx)
+    return *gradients, None, None, None, None, *spec_gradients(ctx)
 
 
 def second_order(
@@ -108,10 +108,10 @@ class Rows(torch.autograd.Function):
     backward = staticmethod(backward_rows)
 
 
-def rows(found: SetProblem, memory_budget: int | None) -> Tensor:
+def rows(found: SetProblem, memory_budget: int | None, backend: str) -> Tensor:
     """The log-probabilities ``[N]``, differentiable."""
     side = found.problem.student
-    arguments = (*side[: TENSORS + 1], found.members, memory_budget, *pack_spec(found.problem.spec))
+    arguments = (*side[: TENSORS + 1], found.members, memory_budget, backend, *pack_spec(found.problem.spec))
     values: Tensor
     if traced(side.tensor, side.weight, side.bias):
         values = token_set_op(*arguments)

@@ -235,6 +235,29 @@ def head_mass(student: Tensor, teacher: Tensor) -> Work:
     return lambda: triton.head_mass(teacher, student, RowSpec(0, 0.5, 0.0))
 
 
+def row_deviation(student: Tensor, teacher: Tensor) -> Work:
+    return lambda: triton.row_deviation(student, 0.0)
+
+
+def row_deviation_backward(student: Tensor, teacher: Tensor) -> Work:
+    """With a copy of the gradient, which it changes in place."""
+    moments, gradient = triton.row_deviation(student, 0.0), torch.empty_like(student)
+
+    def run() -> Answer:
+        gradient.copy_(teacher)
+        triton.row_deviation_backward(student, *moments, gradient)
+        return (gradient,)
+
+    return run
+
+
+def token_set(student: Tensor, teacher: Tensor) -> Work:
+    """Of every other token."""
+    members = torch.arange(student.shape[1], device=student.device) % 2 == 0
+    scale, gradient = upstream(student), torch.empty_like(student)
+    return lambda: (triton.token_set(student, members, SPECS[0], scale, gradient), gradient)
+
+
 def topk(student: Tensor, teacher: Tensor) -> Work:
     return lambda: triton.topk(teacher, min(TOP, teacher.shape[1]), Tempering(1.0))
 
@@ -247,6 +270,9 @@ WORK: dict[str, Callable[[Tensor, Tensor], Work]] = {
     "sparse_divergence_backward": sparse_divergence_backward,
     "bernoulli": bernoulli,
     "head_mass": head_mass,
+    "row_deviation": row_deviation,
+    "row_deviation_backward": row_deviation_backward,
+    "token_set": token_set,
     "topk": topk,
 }
 assert set(WORK) == set(ROW_KERNELS)

@@ -92,6 +92,11 @@ class Case:
         """Whether the functions of all pairs of tokens, in which every token counts, have such a case."""
         return not (self.per_token or self.masked_rows or self.labels)
 
+    @property
+    def deviating(self) -> bool:
+        """Whether the rows have a standard deviation, and it alone is asked for."""
+        return self.pickable and not (self.masked_columns or self.temperature != 1)
+
     def logits(self, dtype: torch.dtype, device: str) -> Inputs:
         """Both sides are logits, the teacher's of ``teacher_dtype`` if there is one."""
         random = Random(self, device)

@@ -19,7 +19,9 @@ import kdkernels as kd
 from kdkernels.arguments.records import pack_rows, unpack_rows
 from kdkernels.backends import NAMES, row_backend, serves
 from kdkernels.divergences import Divergence
+from kdkernels.ops.row_deviation import LEAST
 from kdkernels.reference import records as record_reference
+from kdkernels.reference import row_deviation as deviation_reference
 from kdkernels.validation.cases import IGNORE_INDEX, TINY_BUDGET, TOP, Case, Inputs, head_cases, logit_cases
 from kdkernels.validation.samples import AngleCase, RelationCase, angle_cases, relation_cases
 from kdkernels.validation.transport import TransportCase, transport_cases
@@ -61,6 +63,7 @@ FAMILIES = {
     "plackett_luce": "ranking",
     "bernoulli_loss": "bernoulli",
     "head_mass": "head_mass",
+    "row_deviation": "row_deviation",
     "relation_loss": "relation",
     "angle_loss": "angle",
     "sinkhorn": "sinkhorn",
@@ -164,6 +167,7 @@ def make_plan(
         "pairwise_l1": tuple(case for case in logits if case.pairable),
         "pairwise_l1 of heads": tuple(case for case in heads if case.pairable),
         "head_mass": unlabelled,
+        "row_deviation": tuple(case for case in logits if case.deviating),
         "relation_loss": relation_cases(),
         "angle_loss": angle_cases(),
         "sinkhorn": transport_cases(),
@@ -382,6 +386,16 @@ def head_mass_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) -
     return found
 
 
+def deviation_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) -> Answers:
+    """Mean and standard deviation of the tokens' logits, and what the deviation as a temperature makes of a gradient."""
+    logits, gradient = (leaf.detach().flatten(0, -2) for leaf in inputs.leaves.values())
+    room: Any = deviation_reference if library is kd.reference else row_backend(arguments["backend"])
+    means, deviations = room.row_deviation(logits, LEAST)
+    gradient = gradient.clone()
+    room.row_deviation_backward(logits, means, deviations, gradient)
+    return {"means": means, "deviations": deviations, "gradient": gradient}
+
+
 def pair_answers(library: Any, inputs: Inputs, arguments: dict[str, Any]) -> Answers:
     """The distances of all pairs of a batch's tokens, and the gradients of their sum under weights of both signs."""
     leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in inputs.leaves.items()}
@@ -470,6 +484,7 @@ ANSWERS: dict[str, Callable[[Any, Inputs, dict[str, Any]], Answers]] = {
     "plackett_luce": ranking_answers,
     "bernoulli_loss": bernoulli_answers,
     "head_mass": head_mass_answers,
+    "row_deviation": deviation_answers,
 }
 
 

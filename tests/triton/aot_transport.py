@@ -10,6 +10,7 @@ import aot
 from gpu_report.objects import read_resources
 
 INTEGERS = {"rows", "columns", "max_iterations", "max_steps"}
+INTEGERS |= {"points", "corner_count"}
 INTEGERS |= {
     "vocab_size",
     "students",
@@ -22,8 +23,8 @@ INTEGERS |= {
 }
 TYPES: dict[str, str] = dict.fromkeys(INTEGERS, "i32")
 TYPES |= dict.fromkeys(("row_lengths", "column_lengths", "student_order", "teacher_order"), "*i64")
-TYPES |= dict.fromkeys(("ids", "ranks"), "*i64")
-TYPES |= {"iterations": "*i64", "status": "*i32", "active": "*i1"}
+TYPES |= dict.fromkeys(("ids", "ranks", "corners"), "*i64")
+TYPES |= {"iterations": "*i64", "status": "*i32", "active": "*i1", "members": "*i1"}
 
 
 @dataclass(frozen=True)

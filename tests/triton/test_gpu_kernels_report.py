@@ -121,7 +121,7 @@ COUNTED_BELOW_SECONDS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("call", COUNTED_BELOW_SECONDS)
 def test_bytes_of_other_calls_do_not_grow(call: str, interpreter: Worker) -> None:
-    check_counted(interpreter, call, "fp32")
+    check_counted(interpreter, call, CALLS[call].dtypes[0])
 
 
 SAMPLED = [

@@ -1,4 +1,4 @@
-"""Relations and angles on the Triton backend: in the interpreter against the reference in float64."""
+"""Relations on the Triton backend: in the interpreter against the reference in float64."""
 
 from __future__ import annotations
 
@@ -49,8 +49,3 @@ def check(interpreter: Worker, name: str, given: list[Tensor], options: dict[str
 def test_relations(interpreter: Worker, case: str) -> None:
     given = [random(2, 5, width, seed=seed) for seed, width in enumerate((4, 4, 3, 3))]
     check(interpreter, "relation_loss", given, CASES[case])
-
-
-@pytest.mark.slow
-def test_angles(interpreter: Worker) -> None:
-    check(interpreter, "angle_loss", [random(6, 4, seed=1), random(6, 3, seed=2)], {})

@@ -1,5 +1,6 @@
 """The native CPU backend: hands addresses of torch tensors to the C++ kernels (families in ``csrc/cpu``)."""
 
+from kdkernels.backends.blocked_token_set import token_set
 from kdkernels.backends.cpu.angle import angle
 from kdkernels.backends.cpu.bernoulli import bernoulli
 from kdkernels.backends.cpu.divergence import (
@@ -53,6 +54,7 @@ __all__ = [
     "status",
     "supports",
     "token_ranks",
+    "token_set",
     "token_statistics",
     "topk",
     "unpack_records",

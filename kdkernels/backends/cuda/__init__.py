@@ -4,6 +4,7 @@ With ``KDKERNELS_CUDA_EMULATED`` set to the path of the module that the tests bu
 block emulator, on CPU tensors.
 """
 
+from kdkernels.backends.blocked_token_set import token_set
 from kdkernels.backends.cuda.divergence import (
     SAVED_STATISTICS,
     divergence_backward,
@@ -35,6 +36,7 @@ __all__ = [
     "sparse_divergence_fused",
     "status",
     "supports",
+    "token_set",
     "token_statistics",
     "topk",
     "unpack_records",

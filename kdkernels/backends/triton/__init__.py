@@ -17,9 +17,11 @@ from kdkernels.backends.triton.linear_divergence import linear_divergence, linea
 from kdkernels.backends.triton.pairwise_l1 import pairwise_l1_backward, pairwise_l1_forward, pairwise_normalisers
 from kdkernels.backends.triton.ranking import plackett_luce, token_ranks
 from kdkernels.backends.triton.records import unpack_records
+from kdkernels.backends.triton.row_deviation import row_deviation, row_deviation_backward
 from kdkernels.backends.triton.sinkhorn import SINKHORN_POTENTIALS, sinkhorn_backward, sinkhorn_forward
 from kdkernels.backends.triton.sorted_l1 import sorted_l1
 from kdkernels.backends.triton.sparse_divergence import sparse_divergence_fused
+from kdkernels.backends.triton.token_set import token_set
 from kdkernels.backends.triton.token_statistics import token_statistics
 from kdkernels.backends.triton.topk import sample, topk
 
@@ -38,6 +40,8 @@ __all__ = [
     "pairwise_l1_forward",
     "pairwise_normalisers",
     "plackett_luce",
+    "row_deviation",
+    "row_deviation_backward",
     "sample",
     "sinkhorn_backward",
     "sinkhorn_forward",
@@ -46,6 +50,7 @@ __all__ = [
     "status",
     "supports",
     "token_ranks",
+    "token_set",
     "token_statistics",
     "topk",
     "unpack_records",

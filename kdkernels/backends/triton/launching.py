@@ -28,6 +28,7 @@ __all__ = [
     "prepare_launch",
     "register_limit",
     "row_arguments",
+    "split_of",
     "status",
     "supports",
     "trial",
@@ -50,6 +51,7 @@ class Kernels(NamedTuple):
     triton_error: type[Exception]
     out_of_resources: type[Exception]
     version: str
+    angle: ModuleType
     bernoulli: ModuleType
     divergence: ModuleType
     head_mass: ModuleType
@@ -57,9 +59,11 @@ class Kernels(NamedTuple):
     pairwise_l1: ModuleType
     ranking: ModuleType
     records: ModuleType
+    row_deviation: ModuleType
     sinkhorn: ModuleType
     sorted_l1: ModuleType
     sparse_divergence: ModuleType
+    token_set: ModuleType
     token_statistics: ModuleType
     topk: ModuleType
     tiling: ModuleType
@@ -72,6 +76,7 @@ def load_kernels() -> Kernels:
     from triton.runtime.errors import OutOfResources, TritonError
 
     from kdkernels.triton_kernels import (
+        angle,
         bernoulli,
         divergence,
         head_mass,
@@ -80,10 +85,12 @@ def load_kernels() -> Kernels:
         pairwise_l1,
         ranking,
         records,
+        row_deviation,
         sinkhorn,
         sorted_l1,
         sparse_divergence,
         tiling,
+        token_set,
         token_statistics,
         topk,
     )
@@ -94,6 +101,7 @@ def load_kernels() -> Kernels:
         TritonError,
         OutOfResources,
         triton.__version__,
+        angle,
         bernoulli,
         divergence,
         head_mass,
@@ -101,9 +109,11 @@ def load_kernels() -> Kernels:
         pairwise_l1,
         ranking,
         records,
+        row_deviation,
         sinkhorn,
         sorted_l1,
         sparse_divergence,
+        token_set,
         token_statistics,
         topk,
         tiling,
@@ -117,6 +127,19 @@ def is_hip() -> bool:
 
 def device_of(tensor: Tensor) -> Device:
     return gpu(tensor.device.index) if tensor.is_cuda else INTERPRETER
+
+
+PROGRAMS = 1024
+"""Of a launch at least, where its work can be split: more than run on a GPU at once."""
+
+
+def split_of(size: int, programs: int, smallest: int, step: int = 1) -> int:
+    """Entries of a part, where a sum over so many entries may be made in parts of a few programs each.
+
+    By the shape alone, so that sums repeat. smallest: entries that a part is worth a program for; step: the loop's.
+    """
+    parts = max(1, min(-(-PROGRAMS // programs), size // smallest))
+    return -(-size // parts // step) * step
 
 
 def warp_size(tensor: Tensor) -> int:

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from kdkernels.backends.in_place import shares_storage
 from kdkernels.backends.rows import PairSpec, Tempering, compute_dtype
-from kdkernels.backends.triton.launching import load_kernels, on_device_of, precision, prepare_launch, warp_size
+from kdkernels.backends.triton.launching import (
+    load_kernels,
+    on_device_of,
+    precision,
+    prepare_launch,
+    split_of,
+    warp_size,
+)
 
 __all__ = ["pairwise_l1_backward", "pairwise_l1_forward", "pairwise_normalisers"]
 
@@ -21,9 +28,6 @@ FORWARD_THREADS = 256
 
 OWN_BLOCK, OTHER_BLOCK, COLUMNS, BACKWARD_THREADS = 32, 8, 64, 256
 """Of the backward: rows that a program makes the gradient of, rows they meet at a time, entries of the vocabulary."""
-
-PROGRAMS = 1024
-"""Of the forward at least, where the vocabulary can be split: more than run on a GPU at once."""
 
 SMALLEST_SPLIT = 2048
 """Entries of the vocabulary in a part."""
@@ -53,12 +57,6 @@ def pairwise_normalisers(logits: Tensor, tempering: Tempering, dtype: torch.dtyp
     return normalisers
 
 
-def split_of(vocab_size: int, programs: int, step: int) -> int:
-    """Entries in a part of the vocabulary: a multiple of the loop's step, by the shape alone so that sums repeat."""
-    parts = max(1, min(-(-PROGRAMS // programs), vocab_size // SMALLEST_SPLIT))
-    return -(-vocab_size // parts // step) * step
-
-
 def pairwise_l1_forward(
     student: Tensor, teacher: Tensor, spec: PairSpec, normalisers: Sequence[Tensor], with_signs: bool
 ) -> tuple[Tensor, Tensor]:
@@ -67,7 +65,7 @@ def pairwise_l1_forward(
     dtype = compute_dtype(student, teacher)
     blocks = -(-spec.student_rows // BLOCK) * -(-spec.teacher_rows // BLOCK)
     lanes = warp_size(student)
-    split = split_of(vocab_size, blocks * spec.problems, lanes)
+    split = split_of(vocab_size, blocks * spec.problems, SMALLEST_SPLIT, lanes)
     parts = -(-vocab_size // split)
     distance = torch.empty(parts, *spec.shape, dtype=dtype, device=student.device)
     signed_mass = torch.empty_like(distance) if with_signs else None
