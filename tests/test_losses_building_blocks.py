@@ -96,6 +96,13 @@ def test_logit_std_in_blocks_and_under_a_mask(monkeypatch: pytest.MonkeyPatch) -
     mask = torch.tensor([True, False, True, True, False])
     found = kd.losses.LogitStd()(student, teacher, mask=mask)
     torch.testing.assert_close(found, 4 * plain_standardised(student[mask], teacher[mask], 2.0))
+    spoilt = [logits.detach().masked_fill(~mask.unsqueeze(-1), torch.nan) for logits in (student, teacher)]
+    again = kd.losses.LogitStd()(spoilt[0].requires_grad_(), spoilt[1], mask=mask)
+    again.backward()
+    torch.testing.assert_close(again, found)
+    assert spoilt[0].grad is not None
+    assert spoilt[0].grad[mask].abs().amax(-1).min() > 0
+    assert not spoilt[0].grad[~mask].any()
 
 
 def test_logit_std_twice_backward_and_in_half_precision() -> None:

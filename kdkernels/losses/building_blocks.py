@@ -114,11 +114,16 @@ class Standardised(nn.Module):
 
     backend: str | None
 
-    def sides(self, student: Source, teacher: Source) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def sides(
+        self, student: Source, teacher: Source, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Logits and standard deviations of the student, whose gradient goes through both, and of the teacher."""
         mine, shape = dense("student", student)
+        theirs, _ = dense("teacher", detached(teacher))
+        if mask is not None and (mask.shape, mask.dtype) == (shape, torch.bool):  # another mask is refused by the loss
+            # Tokens that do not count may hold anything; 0 * NaN is no 0.
+            mine, theirs = (logits.masked_fill(~mask.reshape(-1, 1), 0.0) for logits in (mine, theirs))
         with torch.no_grad():
-            theirs, _ = dense("teacher", detached(teacher))
             backend = backend_for(self.backend, mine.device.type, "row_deviation")
             mean, deviation = row_deviation(mine, backend)
             teacher_deviation = row_deviation(theirs, backend)[1]
@@ -175,7 +180,7 @@ class LogitStd(Standardised):
         Raises:
             TypeError, ValueError: an argument is refused; the text names it.
         """
-        return self.weight * self.divergence(self.sides(student, teacher), self.temperature, mask)
+        return self.weight * self.divergence(self.sides(student, teacher, mask), self.temperature, mask)
 
 
 @register("mix_kd_std")
