@@ -109,7 +109,8 @@ def compiled(case: Case) -> dict[str, Any]:
             signature[name] = parameter.annotation_type or types.get(name, "*fp32")
             if signature[name].startswith("*") or name in ("hidden_size", "weight_stride", "hidden_stride"):
                 aligned.append((place,))
-    options: dict[str, Any] = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
+    warps, most_registers = tiling.launch(case.kernel)
+    options: dict[str, Any] = {"num_warps": warps, "num_stages": tiling.num_stages, "maxnreg": most_registers}
     if case.kernel in ("merge", "value"):
         options = {"num_warps": 1}
     made = triton.compile(

@@ -374,6 +374,8 @@ def compile_cases() -> list[Case]:
     cases += [Case(kernel, target, "bf16", tolerant=True) for kernel in PRODUCT_KERNELS for target in TARGETS]
     cases += [Case(kernel, "sm_90", "fp16", jsd, everything=True) for kernel in LOGIT_KERNELS]
     cases += [Case(kernel, "sm_90", "fp32", jsd, everything=True) for kernel in LOGIT_KERNELS]
+    cases += [Case("sweep", "sm_80", "fp32"), Case("sweep", "sm_100", "bf16", jsd)]
+    cases += [Case("gradient", "sm_100", "fp32", ab, everything=True, both=True, tolerant=True)]
     cases += [Case(kernel, "sm_80", "fp32", jsd, everything=True, tf32=True) for kernel in LOGIT_KERNELS]
     cases += [Case(kernel, target, "fp32") for kernel in PRODUCT_KERNELS for target in ("sm_80", "sm_90")]
     # Without lists of tiles their loops are pipelined, and need the most shared memory.
@@ -385,10 +387,7 @@ def compile_cases() -> list[Case]:
 @pytest.mark.parametrize("case", compile_cases(), ids=str)
 def test_compiles_without_spills(case: Case, compiler: Worker) -> None:
     found = compiler(aot_heads.compiled, case)
-    # In float32 without tensor cores NVIDIA's compiler spills a few registers whatever its limit, see `SPILLING` in
-    # test_gpu_kernels_report.py.
-    allowed = 16 if case.kernel == "sweep" and case.dtype == "fp32" else 0
-    assert found["spilled_bytes"] <= allowed, found
+    assert found["spilled_bytes"] == 0, found
     assert found["shared"] <= aot_heads.SHARED_MEMORY[case.target], found
     if case.kernel not in ("merge", "value") and (case.dtype != "fp32" or case.tf32):
         assert found["tensor_cores"]
