@@ -188,6 +188,16 @@ def log2_of(x, FAST_LOG: tl.constexpr):
 
 
 @triton.jit
+def quotient_of(x, y, FAST: tl.constexpr):
+    """x / y for y in [2 ** -126, 2 ** 126]; FAST leaves out what other divisors need (NVIDIA, fp32; both within 2 ulp)."""
+    if FAST:
+        quotient = libdevice.fast_dividef(x, y)
+    else:
+        quotient = x / y
+    return quotient
+
+
+@triton.jit
 def round_to(values, DTYPE: tl.constexpr):
     """Values in DTYPE, rounded to nearest. Triton's interpreter truncates fp32 to bf16, so it gets them rounded."""
     if INTERPRETED and DTYPE == tl.bfloat16:

@@ -393,5 +393,15 @@ def test_compiles_without_spills(case: Case, compiler: Worker) -> None:
         assert found["tensor_cores"]
 
 
+@pytest.mark.slow
+def test_numbers_never_recompile(compiler: Worker) -> None:
+    """Parameters, temperatures, softcaps, scales and the number of tokens."""
+    calls = [(0.3, 0.6, 1.0, 1.0, 30.0, 5.0, 1.0, 1.0, 64), (1.0, 1e-3, 16.0, 0.5, 1.0, 64.0, 0.0625, 8.0, 4097)]
+    one, other = (compiler(aot_heads.launched, numbers, "sm_90") for numbers in calls)
+    assert one == other
+    # One of each kernel, of `hidden` that which starts dH and that which adds to it.
+    assert len(one) == len((*LOGIT_KERNELS, "merge", "value", *PRODUCT_KERNELS)) + 1
+
+
 def test_every_divergence_is_tested() -> None:
     assert {divergence.form.kind for divergence in DIVERGENCES} == set(Kind)
