@@ -26,6 +26,7 @@ from .online_softmax import (
     merge_maximum,
     over_lanes,
     powers_of_two,
+    quotient_of,
     round_to,
     row_pointer,
     row_scalar,
@@ -78,13 +79,13 @@ def divergence_terms(log_p, log_q, a, b, KIND: tl.constexpr, FAST_LOG: tl.conste
     elif KIND == SKEW_FORWARD_KL:
         # Without skew, which a row of its own may have, the mixture is q also where that underflows.
         m = above_zero(a * p + (1 - a) * q)
-        ratio = p / m
+        ratio = quotient_of(p, m, FAST_LOG)
         value = p * LN_2 * (log_p - tl.where(a == 0, log_q, log2_of(m, FAST_LOG)))
         h_s = tl.where(a == 0, -p, (a - 1) * q * ratio)
         h_t = value - a * p * ratio
     elif KIND == SKEW_REVERSE_KL:
         m = above_zero((1 - a) * p + a * q)
-        ratio = q / m
+        ratio = quotient_of(q, m, FAST_LOG)
         value = q * LN_2 * (log_q - tl.where(a == 0, log_p, log2_of(m, FAST_LOG)))
         h_s = value - a * q * ratio
         h_t = tl.where(a == 0, -q, (a - 1) * p * ratio)

@@ -58,10 +58,11 @@ from .divergence import (
     hard_terms,
     merge_lanes,
     student_terms,
+    takes_two_sweeps,
     teacher_terms,
     value_from_sums,
 )
-from .online_softmax import INTERPRETED, LN_2, LOG2_E, LOGIT_FLOOR, capped_logits, round_to, row_scalar
+from .online_softmax import INTERPRETED, LN_2, LOG2_E, LOGIT_FLOOR, advance_sum, capped_logits, round_to, row_scalar
 
 # What a split leaves of each row: the nine parts of the lanes' state, and the label's logit if the split has it.
 LABEL_LOGIT = tl.constexpr(9)
@@ -177,20 +178,30 @@ def linear_divergence_sweep_kernel(
     zero = tl.zeros((ROWS,), tl.float32)
     state = (lowest, zero, lowest, zero, zero, zero, zero, tl.full((ROWS,), LOWEST, tl.float32), zero)
     label_logit = zero
-    if HARD:
-        label = tl.load(labels + rows).to(tl.int32)
     first = split * SPLIT
     for start in range(first, tl.minimum(first + SPLIT, vocab_size), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         valid = columns < vocab_size
         ids = ids_of(columns, valid, None)
         s = side_logits(student, rows, counted, ids, valid, HIDDEN, PRECISION)
-        t = side_logits(teacher, rows, counted, ids, valid, HIDDEN, PRECISION)
+        there = valid[None, None, :]
         if HARD:
+            label = tl.load(labels + rows).to(tl.int32)  # again for each tile: so no register keeps it
             label_logit += tl.sum(tl.where(columns[None, :] == label[:, None], s, 0.0), axis=1)
-        state = accumulate_logits(
-            state, as_lanes(s), as_lanes(t), valid[None, None, :], student_scale, teacher_scale, a, KIND, HARD, True
-        )
+        if takes_two_sweeps(KIND):
+            # No sum of this sweep takes both sides: so no register keeps one's logits while the other's are made.
+            max_s, sum_s, max_t, sum_t, cross_s, cross_t, hard_sum, max_x, sum_x = state
+            if HARD:
+                _, hard_sum = advance_sum(max_s, hard_sum, as_lanes(s), there, tl.full((), LOG2_E, tl.float32))
+            max_s, sum_s = advance_sum(max_s, sum_s, as_lanes(s), there, student_scale)
+            t = side_logits(teacher, rows, counted, ids, valid, HIDDEN, PRECISION)
+            max_t, sum_t = advance_sum(max_t, sum_t, as_lanes(t), there, teacher_scale)
+            state = max_s, sum_s, max_t, sum_t, cross_s, cross_t, hard_sum, max_x, sum_x
+        else:
+            t = side_logits(teacher, rows, counted, ids, valid, HIDDEN, PRECISION)
+            state = accumulate_logits(
+                state, as_lanes(s), as_lanes(t), there, student_scale, teacher_scale, a, KIND, HARD, True
+            )
     states_at = states + rows.to(tl.int64) * STATES * splits + split
     for index in tl.static_range(9):
         tl.store(states_at + index * splits, state[index], mask=present)
@@ -296,10 +307,6 @@ def linear_divergence_terms_kernel(
     """Second sweep of the mixture forms: sums (H_s, H_t, value), float32 [N, 3, splits]; grid as in the first."""
     split = tl.program_id(1)
     rows, present, counted = rows_of_block(tl.program_id(0), row_count, active, ROWS)
-    student_scale = scale_of(student, rows)
-    teacher_scale = scale_of(teacher, rows)
-    a = numbers_of_rows(a, parameters, rows)[:, None]
-    row_statistics = statistics + rows.to(tl.int64) * STATISTICS
     sum_h_s = tl.zeros((ROWS,), tl.float32)
     sum_h_t = tl.zeros((ROWS,), tl.float32)
     sum_value = tl.zeros((ROWS,), tl.float32)
@@ -310,9 +317,14 @@ def linear_divergence_terms_kernel(
         ids = ids_of(columns, valid, None)
         s = side_logits(student, rows, counted, ids, valid, HIDDEN, PRECISION)
         t = side_logits(teacher, rows, counted, ids, valid, HIDDEN, PRECISION)
+        # What is of a row is read again for each tile: so no register keeps it while logits are made.
+        row_statistics = statistics + rows.to(tl.int64) * STATISTICS
+        student_scale = scale_of(student, rows)
+        teacher_scale = scale_of(teacher, rows)
         log_q = logarithms(s, row_statistics, STUDENT_MAX, STUDENT_LOG_SUM, student_scale)
         log_p = logarithms(t, row_statistics, TEACHER_MAX, TEACHER_LOG_SUM, teacher_scale)
-        h_s, h_t, value = divergence_terms(log_p, log_q, a, b, KIND, FAST_LOG)
+        row_a = numbers_of_rows(a, parameters, rows)[:, None]
+        h_s, h_t, value = divergence_terms(log_p, log_q, row_a, b, KIND, FAST_LOG)
         sum_h_s += tl.sum(tl.where(valid[None, :], h_s, 0.0), axis=1)
         sum_h_t += tl.sum(tl.where(valid[None, :], h_t, 0.0), axis=1)
         sum_value += tl.sum(tl.where(valid[None, :], value, 0.0), axis=1)
@@ -411,10 +423,6 @@ def linear_divergence_gradient_kernel(
     block, tile = tl.program_id(0), tl.program_id(1)
     rows, present, counted = rows_of_block(block, row_count, active, ROWS)
     HARD: tl.constexpr = grad_cross_entropy is not None
-    student_scale = scale_of(student, rows)
-    teacher_scale = scale_of(teacher, rows)
-    a = numbers_of_rows(a, parameters, rows)[:, None]
-    row_statistics = statistics + rows.to(tl.int64) * STATISTICS
     in_strip = tile * COLUMNS + tl.arange(0, COLUMNS)
     columns = first_column + in_strip
     valid = columns < vocab_size
@@ -422,8 +430,13 @@ def linear_divergence_gradient_kernel(
     inside = counted[:, None] & valid[None, :]
     s = side_logits(student, rows, counted, ids, valid, HIDDEN, PRECISION)
     t = side_logits(teacher, rows, counted, ids, valid, HIDDEN, PRECISION)
+    # What is of a row is read now: so no register keeps it while logits are made.
+    row_statistics = statistics + rows.to(tl.int64) * STATISTICS
+    student_scale = scale_of(student, rows)
+    teacher_scale = scale_of(teacher, rows)
     log_q = logarithms(s, row_statistics, STUDENT_MAX, STUDENT_LOG_SUM, student_scale)
     log_p = logarithms(t, row_statistics, TEACHER_MAX, TEACHER_LOG_SUM, teacher_scale)
+    a = numbers_of_rows(a, parameters, rows)[:, None]
     factor = tl.load(grad_divergence + rows)
     if grad_student is not None:
         constant = tl.load(row_statistics + STUDENT_CONSTANT)[:, None]

@@ -164,6 +164,13 @@ def powers_of_two(exponents, valid, MASKED: tl.constexpr):
 
 
 @triton.jit
+def advance_sum(maximum, total, logits, valid, scale):
+    """The running maximum and the sum of exponentials, both [LANES], over one more tile of logits."""
+    maximum, shift, exponents = advance_maximum(maximum, logits, scale)
+    return maximum, total * tl.exp2(shift) + lane_sum(powers_of_two(exponents, valid, True))
+
+
+@triton.jit
 def merge_maximum(maximum, scale):
     """The row's maximum from its lanes', and by how much the exponents of each lane's sums move: scalar, [LANES]."""
     row_maximum = tl.max(maximum, axis=0)
@@ -178,6 +185,16 @@ def log2_of(x, FAST_LOG: tl.constexpr):
     else:
         logarithm = tl.log2(x)
     return logarithm
+
+
+@triton.jit
+def quotient_of(x, y, FAST: tl.constexpr):
+    """x / y for y in [2 ** -126, 2 ** 126]; FAST leaves out what other divisors need (NVIDIA, fp32; both within 2 ulp)."""
+    if FAST:
+        quotient = libdevice.fast_dividef(x, y)
+    else:
+        quotient = x / y
+    return quotient
 
 
 @triton.jit

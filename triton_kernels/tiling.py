@@ -199,7 +199,20 @@ class LinearTiling:
     num_stages: int
     split: int = 4096
     strip: int = 2048
+    exact: bool = False
+    """Whether NVIDIA's cores multiply float32 as it is, without tensor cores."""
 
+    def launch(self, kernel: str) -> tuple[int, int | None]:
+        """Warps of a program of ``linear_divergence_<kernel>``; the most registers of a thread, None: not limited."""
+        return EXACT_LAUNCH.get(kernel, (self.num_warps, None)) if self.exact else (self.num_warps, None)
+
+
+EXACT_LAUNCH = {"sweep": (8, 128), "gradient": (8, 128)}
+"""Warps and registers where float32 is multiplied as it is: two programs to a multiprocessor.
+
+With half the warps, a thread has twice the logits, and NVIDIA's compiler spills some at any number of registers; without a limit
+it does to fit a third program. The kernel ``terms`` needs neither, and with the limit it would spill.
+"""
 
 LINEAR_STAGES = {32: 3, 64: 2}
 """Steps of a product whose operands are in shared memory at once, by the size of a warp: AMD's CDNA 3 has 64 KiB of it."""
@@ -218,5 +231,7 @@ def choose_linear_tiling(
     few = max(FEWEST_ROWS, _power_of_two(rows))
     stages = LINEAR_STAGES[warp_size]
     if itemsize == 4:  # without tensor cores, unless TF32 is allowed; with three stages sm_80 spills kilobytes
-        return LinearTiling(min(32, few), 64, 32, 64, num_warps=8 if tf32 else 4, num_stages=stages if tf32 else 2)
+        exact, columns = not tf32 and warp_size == 32, 32 if both and not tf32 else 64
+        warps, stages = (8, stages) if tf32 else (4, 2)
+        return LinearTiling(min(32, few), columns, 32, 64, num_warps=warps, num_stages=stages, exact=exact)
     return LinearTiling(min(64, few), 64 if both else 128, 64, 128, num_warps=8, num_stages=stages)

@@ -109,7 +109,8 @@ def compiled(case: Case) -> dict[str, Any]:
             signature[name] = parameter.annotation_type or types.get(name, "*fp32")
             if signature[name].startswith("*") or name in ("hidden_size", "weight_stride", "hidden_stride"):
                 aligned.append((place,))
-    options: dict[str, Any] = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
+    warps, most_registers = tiling.launch(case.kernel)
+    options: dict[str, Any] = {"num_warps": warps, "num_stages": tiling.num_stages, "maxnreg": most_registers}
     if case.kernel in ("merge", "value"):
         options = {"num_warps": 1}
     made = triton.compile(
@@ -134,3 +135,26 @@ def with_tiling(case: Case, **sizes: int) -> Case:
 
     tiling = choose_linear_tiling(ROWS, aot.ITEMSIZE[case.dtype], case.both, case.tf32, aot.TARGETS[case.target][2])
     return replace(case, tiling=replace(tiling, **sizes))
+
+
+def launched(numbers: tuple[float, ...], target: str) -> set[str]:
+    """What a loss and its gradients make Triton compile: launches of equal texts share one compiled kernel.
+
+    numbers: the divergence's two, both temperatures, both softcaps, both scales; and how many rows there are.
+    """
+    import torch
+    from gpu_report.compilation import launches_of
+
+    from kdkernels.backends import triton as backend
+    from kdkernels.backends.chunked_head import Needs
+    from kdkernels.backends.rows import RowSpec, Side
+    from kdkernels.divergences import Kind
+
+    a, b, student, teacher, student_cap, teacher_cap, scale, teacher_scale, rows = numbers
+    count, vocab, hidden = int(rows), 5000, 16
+    weight = torch.zeros(vocab, hidden)
+    sides = Side(torch.zeros(count, hidden), weight, scale=scale), Side(weight[:count], weight, scale=teacher_scale)
+    spec = RowSpec(int(Kind.AB), a, b, student, None, teacher, None, student_cap, teacher_cap)
+    needs = Needs(tensor=True, weight=True, bias=False), Needs(tensor=False, weight=False, bias=False)
+    found = launches_of(lambda: backend.linear_divergence(*sides, spec, torch.ones(count), None, needs), target)
+    return {launch.key for launch in found}

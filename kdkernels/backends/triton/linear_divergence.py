@@ -11,7 +11,14 @@ from kdkernels.backends.chunked_head import Needs, SideGradients
 from kdkernels.backends.gradient_tiles import TileChooser, TileNotes, Tiles
 from kdkernels.backends.rows import RowSpec, Side
 from kdkernels.backends.triton.divergence import SAVED_STATISTICS
-from kdkernels.backends.triton.launching import dot_precision, load_kernels, on_device_of, precision, warp_size
+from kdkernels.backends.triton.launching import (
+    dot_precision,
+    load_kernels,
+    on_device_of,
+    precision,
+    register_limit,
+    warp_size,
+)
 
 __all__ = ["linear_divergence", "linear_divergence_applies"]
 
@@ -106,18 +113,26 @@ class Problem:
         self.vocab = (student.tensor.shape[1:] if student.weight is None else student.weight.shape)[0]
         self.precision = dot_precision()
         itemsize = max(student.tensor.element_size(), teacher.tensor.element_size())
-        self.tiling = kernels.tiling.choose_linear_tiling(
-            self.rows, itemsize, all(map(any, needs)), self.precision == "tf32", warp_size(student.tensor)
+        # The forward has tiles of its own: they need not be smaller where both sides get a gradient.
+        self.forward, self.tiling = (
+            kernels.tiling.choose_linear_tiling(
+                self.rows, itemsize, both, self.precision == "tf32", warp_size(student.tensor)
+            )
+            for both in (False, all(map(any, needs)))
         )
         self.blocks = -(-self.rows // self.tiling.rows)
-        self.splits = -(-self.vocab // self.tiling.split)
+        self.splits = -(-self.vocab // self.forward.split)
         self.values = torch.empty(self.rows, dtype=torch.float32, device=student.tensor.device)
         self.cross_entropy = self.values.new_empty(0 if spec.labels is None else self.rows)
         self.statistics = self.values.new_empty(self.rows, SAVED_STATISTICS)
-        self.launch = {"num_warps": self.tiling.num_warps, "num_stages": self.tiling.num_stages}
         self.sizes = {"ROWS": self.tiling.rows, "COLUMNS": self.tiling.columns}
         self.order: Tensor | None = None
         self.fast_log = precision(False)["fast_log"]
+
+    def launch(self, kernel: str) -> dict[str, int]:
+        """The options of a launch."""
+        warps, most_registers = self.tiling.launch(kernel)
+        return {"num_warps": warps, "num_stages": self.tiling.num_stages, **register_limit(most_registers)}
 
     def sweep(self) -> None:
         """The values and statistics of all rows."""
@@ -125,11 +140,11 @@ class Problem:
         labels, per_row = spec.labels, {"SPLITS": 1 << (self.splits - 1).bit_length(), "num_warps": 1}
         states = self.values.new_empty(self.rows, STATES, self.splits)
         shared = {"active": spec.active, "parameters": spec.parameters, "a": spec.a, "KIND": spec.kind}
-        logits = {"PRECISION": self.precision, "HIDDEN": self.tiling.hidden, "SPLIT": self.tiling.split}
-        logits |= self.sizes | self.launch
+        logits = {"PRECISION": self.precision, "HIDDEN": self.forward.hidden, "SPLIT": self.forward.split}
+        logits |= {"ROWS": self.forward.rows, "COLUMNS": self.forward.columns}
         sides = self.student.arguments, self.teacher.arguments, self.rows, self.vocab, self.splits
         grid = self.blocks, self.splits
-        kernels.linear_divergence_sweep_kernel[grid](*sides, states, labels, **shared, **logits)
+        kernels.linear_divergence_sweep_kernel[grid](*sides, states, labels, **shared, **logits, **self.launch("sweep"))
         kernels.linear_divergence_merge_kernel[(self.rows,)](
             states,
             self.splits,
@@ -148,7 +163,14 @@ class Problem:
         if load_kernels().divergence.takes_two_sweeps(spec.kind):
             sums = states.view(-1)[: self.rows * 3 * self.splits]  # nobody reads the states any more
             kernels.linear_divergence_terms_kernel[grid](
-                *sides, sums, self.statistics, b=spec.b, FAST_LOG=self.fast_log, **shared, **logits
+                *sides,
+                sums,
+                self.statistics,
+                b=spec.b,
+                FAST_LOG=self.fast_log,
+                **shared,
+                **logits,
+                **self.launch("terms"),
             )
             kernels.linear_divergence_value_kernel[(self.rows,)](
                 sums, self.splits, self.values, self.statistics, **shared, b=spec.b, **per_row
@@ -205,7 +227,7 @@ class Problem:
             PRECISION=self.precision,
             HIDDEN=self.tiling.hidden,
             **self.sizes,
-            **self.launch,
+            **self.launch("gradient"),
         )
 
     def multiply(self, operand: Operand, first: int, tiles: int, chosen: Tiles | None) -> None:
@@ -214,7 +236,7 @@ class Problem:
         assert weight is not None
         assert strip is not None
         pieces = -(-operand.hidden_size // self.tiling.product)
-        options = {"PRECISION": self.precision, "PRODUCT": self.tiling.product, **self.sizes, **self.launch}
+        options = {"PRECISION": self.precision, "PRODUCT": self.tiling.product, **self.sizes}
         if total is not None:
             lists = (None, None) if chosen is None else chosen.of_blocks()
             self.kernels.linear_divergence_hidden_kernel[(self.blocks, pieces)](
@@ -235,6 +257,7 @@ class Problem:
                 None if chosen is None else chosen.to_hidden(self.weight_of_strip(weight, first), self.tiling.columns),
                 FIRST=first == 0,
                 **options,
+                **self.launch("hidden"),
             )
         for to_weight, to_bias in ((operand.result.weight, None), (None, operand.result.bias)):
             if to_weight is None and to_bias is None:
@@ -261,6 +284,7 @@ class Problem:
                 *lists,
                 skipped,
                 **options,
+                **self.launch("weight"),
             )
 
     def weight_of_strip(self, weight: Tensor, first: int) -> Tensor:
