@@ -268,6 +268,12 @@ def times(modelled: Sequence[ModelRow], found: dict[tuple[str, str, str], float]
             for row in beyond[:6]
         )
         remark += f" Beyond it: {listed}{', and others' if len(beyond) > 6 else ''}."
+        if any("skew" in row.call and row.bound == "special" for row in beyond):
+            remark += (
+                " Of special functions the skew divergences take no more than their formulas have: an exponential of each"
+                " side in the first sweep, and again in the second and in the backward, where the reciprocal of the"
+                " mixture and, unless the form drops it, its logarithm join them."
+            )
     elsewhere = sorted(
         {
             (row.call, row.bound)

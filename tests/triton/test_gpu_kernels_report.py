@@ -14,19 +14,6 @@ from gpu_report.calls import CALLS
 ROOT = Path(__file__).parents[2]
 RECORDED = ROOT / "docs" / "gpu"
 
-SPILLING = {
-    # float32 logits, made without tensor cores: 16 to 40 bytes, by NVIDIA's compiler at 128 registers, four programs to a
-    # multiprocessor; with any limit up to 255 it takes as many as it may and still spills 16.
-    ("linear_divergence_sweep", "sm_80"),
-    ("linear_divergence_sweep", "sm_90"),
-    # The same in float32; in half precision 24 bytes, read three times per tile of logits and never in the product's loop:
-    # at 144 registers nothing spills, and one program fits instead of two.
-    ("linear_divergence_sweep", "sm_100"),
-    # float32: 8 bytes at 96 registers; with three stages of the product nothing spills here, and kilobytes on sm_80.
-    ("linear_divergence_gradient", "sm_90"),
-}
-"""Kernels that keep registers in memory on a target, in any dtype, and why: this may shrink, and must not grow."""
-
 Worker = Callable[..., Any]
 
 
@@ -65,8 +52,7 @@ def test_the_record_is_complete() -> None:
 
 
 def test_nothing_in_the_record_spills() -> None:
-    spilling = {(row.kernel, row.target) for row in recorded_kernels().values() if row.spilled_bytes}
-    assert spilling == SPILLING
+    assert [key for key, row in recorded_kernels().items() if row.spilled_bytes] == []
 
 
 @pytest.mark.slow
