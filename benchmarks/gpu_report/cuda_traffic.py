@@ -7,7 +7,6 @@ counted. Where rows fit into shared memory, and where they do not: that is for t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,44 +20,15 @@ from kdkernels.divergences import Kind
 
 from .calls import DTYPES, divergence_spec, logits, named
 from .occupancy import ARCHITECTURES
+from .tables import LongestRow, RowTraffic
 
-__all__ = ["ON_CHIP", "LongestRow", "RowTraffic", "counted", "longest_rows", "tasks"]
+__all__ = ["counted", "longest_rows", "tasks"]
 
 VOCAB = 2048
 """Whole steps of every block, so that what is counted per logit holds for any whole number of steps."""
 
 NO_SHARED_MEMORY, DEFAULT = (0, True), (48 << 10, True)
 """Devices: shared memory of a block, and whether there are clusters."""
-
-ON_CHIP = "divergence_on_chip"
-"""The kernel that keeps rows in shared memory."""
-
-
-@dataclass(frozen=True)
-class RowTraffic:
-    """Bytes per position of the logits, which student and teacher have in common."""
-
-    divergence: str
-    call: str
-    """forward, backward or fused; the gradient is the student's."""
-    dtype: str
-    kernels: str
-    """That it launches."""
-    loaded: float
-    stored: float
-
-    @property
-    def bytes(self) -> float:
-        return self.loaded + self.stored
-
-
-@dataclass(frozen=True)
-class LongestRow:
-    """The largest vocabulary whose rows the kernel on the chip takes."""
-
-    target: str
-    dtype: str
-    vocab: int
 
 
 def launches(kind: Kind, student: Tensor, teacher: Tensor) -> Iterator[tuple[str, Callable[[Tensor], object]]]:
@@ -118,5 +88,7 @@ def longest_rows(dtype: str) -> list[LongestRow]:
     return found
 
 
-def tasks() -> list[tuple[Kind, str]]:
-    return [(kind, dtype) for kind in Kind for dtype in ("fp32", "bf16")]
+def tasks(only: str = "") -> list[tuple[Kind, str]]:
+    """What to count: divergence and dtype."""
+    chosen = [kind for kind in Kind if only in f"divergence {named(kind)}"]
+    return [(kind, dtype) for kind in chosen for dtype in ("fp32", "bf16")]

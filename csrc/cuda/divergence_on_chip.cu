@@ -15,9 +15,12 @@ namespace {
 // Of a block that has a multiprocessor to itself, and of one of several.
 constexpr unsigned most_threads = 512, most_threads_beside_others = 256;
 
+// Of shared memory that a kernel declares, at most.
+constexpr int64_t declared_bytes = 1 << 10;
+
 constexpr int entries = most_entries;
-using Side = Stream<float, entries, false>;
-using Sums = ClusterSums<float, most_sums>;
+template <class Real>
+using Side = Stream<Real, entries, false>;
 
 // One side of a block's part of a row. Vectors of a warp that are read together are next to each other: no two of its threads
 // ask the same bank.
@@ -40,9 +43,10 @@ struct KeptSide {
 };
 
 // Reads a row from memory once and keeps it.
+template <class Real>
 struct SweepsOnChip {
-  const Side& student;
-  const Side& teacher;
+  const Side<Real>& student;
+  const Side<Real>& teacher;
   Span span;
   bool adjacent;
   KeptSide kept_student, kept_teacher;
@@ -77,43 +81,45 @@ struct SweepsOnChip {
   template <class Body>
   __device__ __forceinline__ void unpack(const Packed& packed_s, const Packed& packed_t, const Columns& columns,
                                          bool whole, Body body) const {
-    float s[entries], t[entries];
+    Real s[entries], t[entries];
     student.logits.unpack(packed_s, columns, whole, s);
     teacher.logits.unpack(packed_t, columns, whole, t);
     body(columns, whole, s, t);
   }
 };
 
-template <int number>
+template <class Real, int number>
 __global__ void __launch_bounds__(most_threads) on_chip_kernel(RowProblem problem, bool adjacent, int steps) {
   constexpr Kind kind = static_cast<Kind>(number);
-  KD_SHARED(float, scratch, Sums::scratch_elements);
-  KD_SHARED(float, published, most_sums);
+  using Sums = ClusterSums<Real, most_sums>;
+  static_assert((Sums::scratch_elements + most_sums) * sizeof(Real) <= declared_bytes);
+  KD_SHARED(Real, scratch, Sums::scratch_elements);
+  KD_SHARED(Real, published, most_sums);
   KD_DYNAMIC_SHARED(uint4, kept);
   const int64_t row = blockIdx.x / cluster_blocks();
   const Span span = part_of_row(problem.vocab, cluster_blocks(), cluster_rank());
   const bool writes = threadIdx.x == 0 && cluster_rank() == 0;
   if (problem.active && !problem.active[row]) {
-    if (writes) write_nothing_of_row<float>(problem, row);
-    write_zero_gradients<float, entries>(problem, row, span, adjacent);
+    if (writes) write_nothing_of_row<Real>(problem, row);
+    write_zero_gradients<Real, entries>(problem, row, span, adjacent);
     return;
   }
-  Side student(problem.student, row, problem.student_softcap, problem.student_temperature, nullptr);
-  Side teacher(problem.teacher, row, problem.teacher_softcap, problem.teacher_temperature, nullptr);
+  Side<Real> student(problem.student, row, problem.student_softcap, problem.student_temperature, nullptr);
+  Side<Real> teacher(problem.teacher, row, problem.teacher_softcap, problem.teacher_temperature, nullptr);
   // Now: once all have met in a sum, gradients may be written over it.
-  const float label_logit = writes && problem.labels ? logit_at_label<float>(problem, row, student) : 0.f;
+  const Real label_logit = writes && problem.labels ? logit_at_label<Real>(problem, row, student) : Real(0);
   const int of_student = packed_vectors(problem.student.dtype), of_teacher = packed_vectors(problem.teacher.dtype);
-  const SweepsOnChip sweeps{student,
-                            teacher,
-                            span,
-                            adjacent,
-                            {kept, steps, of_student == 2},
-                            {kept + of_student * steps, steps, of_teacher == 2}};
-  const auto sums = sums_of_row<kind, entries, float>(problem, row, student, teacher, sweeps, Sums{scratch, published});
-  if (writes) write_row<float>(problem, row, student, teacher, sums, label_logit);
+  const SweepsOnChip<Real> sweeps{student,
+                                  teacher,
+                                  span,
+                                  adjacent,
+                                  {kept, steps, of_student == 2},
+                                  {kept + of_student * steps, steps, of_teacher == 2}};
+  const auto sums = sums_of_row<kind, entries, Real>(problem, row, student, teacher, sweeps, Sums{scratch, published});
+  if (writes) write_row<Real>(problem, row, student, teacher, sums, label_logit);
   if (!problem.grad_student.data && !problem.grad_teacher.data) return;
-  const RowGradients<kind, entries, float> gradients(problem, row, sums, student, teacher);
-  sweeps.again([&](const Columns& columns, bool whole, const float* s, const float* t) {
+  const RowGradients<kind, entries, Real> gradients(problem, row, sums, student, teacher);
+  sweeps.again([&](const Columns& columns, bool whole, const Real* s, const Real* t) {
     gradients.write(columns, whole, student, teacher, s, t);
   });
 }
@@ -125,8 +131,6 @@ struct Shares {
   int64_t steps = 0;  // of all threads of a block
   int64_t bytes = 0;  // of shared memory, of a block
 };
-
-constexpr int64_t declared_bytes = (Sums::scratch_elements + most_sums) * sizeof(float);
 
 Shares shares(const RowProblem& problem, unsigned blocks, unsigned threads) {
   const int64_t vectors = packed_vectors(problem.student.dtype) + packed_vectors(problem.teacher.dtype);
@@ -157,15 +161,18 @@ Shares shares(const RowProblem& problem) {
   return {};
 }
 
-template <int number>
+template <class Real, int number>
 std::string run(const RowProblem& problem, void* stream) {
   const char* const name = "divergence_on_chip";
   const Shares found = shares(problem);
-  const std::string error = allow_shared_bytes(name, on_chip_kernel<number>, found.bytes);
+  // All that there is, every time: another thread may be about to launch the kernel with more.
+  const std::string error =
+      allow_shared_bytes(name, on_chip_kernel<Real, number>, most_shared_bytes() - declared_bytes);
   if (!error.empty()) return error;
-  return launch(name, on_chip_kernel<number>, Grid(static_cast<unsigned>(problem.rows) * found.blocks, 1, found.blocks),
-                found.threads, static_cast<size_t>(found.bytes), static_cast<LaunchStream>(stream), problem,
-                aligned_rows(problem), static_cast<int>(found.steps));
+  return launch(name, on_chip_kernel<Real, number>,
+                Grid(static_cast<unsigned>(problem.rows) * found.blocks, 1, found.blocks), found.threads,
+                static_cast<size_t>(found.bytes), static_cast<LaunchStream>(stream), problem, aligned_rows(problem),
+                static_cast<int>(found.steps));
 }
 
 }  // namespace
@@ -179,7 +186,7 @@ bool fits_on_chip(const RowProblem& problem) {
 std::string divergence_on_chip(const RowProblem& problem, void* stream) {
   switch (static_cast<Kind>(problem.kind)) {
 #define KD_CASE(name) \
-  case Kind::name: return run<static_cast<int>(Kind::name)>(problem, stream);
+  case Kind::name: return run<float, static_cast<int>(Kind::name)>(problem, stream);
     KD_FOR_ALL_KINDS(KD_CASE)
 #undef KD_CASE
   }

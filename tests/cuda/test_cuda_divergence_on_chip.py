@@ -21,7 +21,7 @@ Emulated = Callable[..., Any]
 VOCAB = 601
 DEVICES = {
     "one block": (Device(48 << 10), {"divergence_on_chip": 1}),
-    "a cluster": (Device(6656), {"divergence_on_chip": 4}),
+    "a cluster": (Device(8 << 10), {"divergence_on_chip": 4}),
     "no clusters": (Device(48 << 10, clusters=False), {"divergence_on_chip": 1}),
     "too little": (Device(3 << 10, clusters=False), {"divergence_forward": 1, "divergence_backward": 1}),
 }
