@@ -24,7 +24,7 @@ from .tables import LongestRow, RowTraffic
 
 __all__ = ["counted", "longest_rows", "tasks"]
 
-VOCAB = 2048
+VOCAB = 512
 """Whole steps of every block, so that what is counted per logit holds for any whole number of steps."""
 
 NO_SHARED_MEMORY, DEFAULT = (0, True), (48 << 10, True)
