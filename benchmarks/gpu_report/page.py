@@ -9,7 +9,7 @@ from pathlib import Path
 from .calls import CALLS
 from .hardware import DEVICES, LATENCY
 from .peers import PeerTraffic
-from .tables import KernelRow, ModelRow, TrafficRow
+from .tables import KernelRow, LongestRow, ModelRow, RowTraffic, TrafficRow
 
 __all__ = ["measured", "page"]
 
@@ -23,7 +23,7 @@ TARGET_BYTES = {"fp32": 26, "bf16": 13}
 """Of JSD, forward and backward, per logit position."""
 WHY_MORE = prose("""
     These are seven accesses, two sweeps over both rows forward, one backward, and the gradient that is written: anything
-    less needs part of the row kept on the chip between sweeps.
+    less needs the row kept on the chip between sweeps, as the CUDA kernels do (below).
 """)
 TARGET_RATIO = 1.15
 
@@ -49,6 +49,8 @@ def measured(path: Path) -> dict[tuple[str, str, str], float]:
 def page(
     kernels: Sequence[KernelRow],
     traffic: Sequence[TrafficRow],
+    of_cuda: Sequence[RowTraffic],
+    longest: Sequence[LongestRow],
     modelled: Sequence[ModelRow],
     peers: Sequence[PeerTraffic],
     found: dict[tuple[str, str, str], float],
@@ -79,6 +81,11 @@ def page(
                     "every load, store and operation counted while Triton's interpreter runs the kernels",
                     "proven, without caches",
                 ),
+                (
+                    "bytes per logit in CUDA C++",
+                    "every load and store of whole rows counted while the block emulator runs the kernels",
+                    "proven, without caches",
+                ),
                 ("instructions per logit", "the loops in the machine code", "proven"),
                 ("time", "the above at the rates of the data sheets", "**modelled**"),
             ],
@@ -87,6 +94,7 @@ def page(
         *spills(kernels),
         *resources(kernels),
         *byte_counts(traffic),
+        *cuda_byte_counts(of_cuda, longest),
         *arithmetic(traffic, kernels),
         *times(modelled, found),
         *side_by_side(peers),
@@ -194,12 +202,10 @@ def byte_counts(traffic: Sequence[TrafficRow]) -> list[str]:
             (title, *(f"{sum(row.bytes for row in total):.1f}" if total else "–" for total in totals), call.unit)
         )
     remarks = []
-    for dtype, most in TARGET_BYTES.items():
+    for dtype in TARGET_BYTES:
         if members := by.get(("divergence JSD", dtype)):
             total = sum(row.bytes for row in members)
-            remarks.append(
-                f"{total:.1f} in {dtype} ({'within' if total <= most + 0.05 else 'above'} the goal of {most})"
-            )
+            remarks.append(against_goal(total, dtype))
     return [
         "## Bytes per logit",
         prose("""
@@ -213,6 +219,56 @@ def byte_counts(traffic: Sequence[TrafficRow]) -> list[str]:
         "All kernels of the other calls together:",
         table(("call", "fp32", "bf16", "per"), others),
         "By kernel, with what is loaded and what is stored: [gpu/traffic.csv](gpu/traffic.csv).",
+    ]
+
+
+def against_goal(total: float, dtype: str) -> str:
+    most = TARGET_BYTES[dtype]
+    return f"{total:.1f} in {dtype} ({'within' if total <= most + 0.05 else 'above'} the goal of {most})"
+
+
+def cuda_byte_counts(traffic: Sequence[RowTraffic], longest: Sequence[LongestRow]) -> list[str]:
+    """With rows kept on the chip, and without."""
+    if not traffic:
+        return []
+    dtypes = ("fp32", "bf16")
+    by: dict[tuple[str, str, str], list[float]] = {}
+    for row in traffic:
+        by.setdefault((row.divergence, row.call, row.dtype), []).append(row.bytes)
+    lines = []
+    for divergence in dict.fromkeys(row.divergence for row in traffic):
+        cells = [divergence]
+        for dtype in dtypes:
+            forward, backward, fused = (by[divergence, call, dtype] for call in ("forward", "backward", "fused"))
+            cells += [f"{min(forward):.1f}", f"**{min(fused):.1f}**"]
+            cells += [f"{max(forward):.1f}", f"{max(backward):.1f}", f"{max(fused):.1f}"]
+        lines.append(cells)
+    goals = [
+        ", ".join(against_goal(choose(by["JSD", "fused", dtype]), dtype) for dtype in dtypes) for choose in (min, max)
+    ]
+    limits = {(row.target, row.dtype): f"{row.vocab:,}" for row in longest}
+    targets = dict.fromkeys(row.target for row in longest)
+    head = [
+        f"{dtype} {column}"
+        for dtype in dtypes
+        for column in ("kept: forward", "fused", "not: forward", "backward", "fused")
+    ]
+    return [
+        "### In CUDA C++",
+        prose("""
+            The divergence of `csrc/cuda`, by what its threads load and store of whole rows while the block emulator runs
+            it. *Kept*: a row of both sides fits into the shared memory of a block, or of the blocks of a cluster; one
+            launch then reads each logit once for the value and the gradient. *Not*: it does not fit, and they are two
+            launches. Forward by itself keeps rows only where it would sweep over them twice; backward by itself reads them
+            once either way.
+        """)
+        + f" JSD, value and gradient: kept, {goals[0]}; not kept, {goals[1]}.",
+        table(("divergence", *head), lines),
+        "The largest vocabulary whose rows are kept, both sides of the dtype:",
+        table(
+            ("architecture", *dtypes), [(target, *(limits[target, dtype] for dtype in dtypes)) for target in targets]
+        ),
+        "With loads and stores apart: [gpu/cuda_traffic.csv](gpu/cuda_traffic.csv).",
     ]
 
 

@@ -7,13 +7,17 @@ import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, as_completed
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import cuda_extension, matrix, page, peers, picture, processes, tables
+from kdkernels.divergences import Kind
+
+from . import cuda_extension, cuda_traffic, emulation, matrix, page, peers, picture, processes, tables
+from .calls import named
 
 console = Console(stderr=True)
 
@@ -36,6 +40,8 @@ def main(
     kernels: list[tables.KernelRow] = []
     traffic: list[tables.TrafficRow] = []
     others: list[peers.PeerTraffic] = []
+    of_cuda: list[tables.RowTraffic] = tables.read(folder / "cuda_traffic.csv", tables.RowTraffic)
+    longest: list[tables.LongestRow] = tables.read(folder / "cuda_rows.csv", tables.LongestRow)
     if again or only:
         kernels = tables.read(folder / "kernels.csv", tables.KernelRow)
         traffic = tables.read(folder / "traffic.csv", tables.TrafficRow)
@@ -47,17 +53,25 @@ def main(
         new = computed(to_compile, to_count, contenders, jobs, peers_from)
         kernels, traffic = matrix.renewed(kernels, new[0]), matrix.renewed(traffic, new[1])
         others = new[2] or others
+        of_cuda, longest = counted_on_emulator(of_cuda, longest, only)
     if library := cuda_extension.extension():
         cuda = cuda_extension.kernel_rows(library)
     kernels = [*matrix.renewed(kernels, []), *cuda]
     modelled = matrix.modelled_rows(kernels, traffic)
-    for name, rows in (("kernels", kernels), ("traffic", traffic), ("model", modelled), ("peers", others)):
+    for name, rows in (
+        ("kernels", kernels),
+        ("traffic", traffic),
+        ("cuda_traffic", of_cuda),
+        ("cuda_rows", longest),
+        ("model", modelled),
+        ("peers", others),
+    ):
         tables.write(folder / f"{name}.csv", rows)
     picture.draw_roofline(folder / "roofline.png", modelled)
     picture.draw_bytes(folder / "bytes.png", others)
     versions = {name: importlib.metadata.version(name) for name in ("triton", "torch")}
     found = page.measured(folder / "measured.csv")
-    text = page.page(kernels, traffic, modelled, others, found, versions, quick)
+    text = page.page(kernels, traffic, of_cuda, longest, modelled, others, found, versions, quick)
     (out / "gpu.md").write_text(text, encoding="utf-8")
     console.print(f"written: {out / 'gpu.md'} and what it shows in {folder}")
 
@@ -86,6 +100,26 @@ def computed(
         [row for future in counted for row in future.result()],
         [future.result() for future in compared],
     )
+
+
+def counted_on_emulator(
+    before: list[tables.RowTraffic], longest: list[tables.LongestRow], only: str
+) -> tuple[list[tables.RowTraffic], list[tables.LongestRow]]:
+    """What the divergence in CUDA C++ moves, and how long rows may be that it keeps on the chip; as before where the
+    emulated kernels are not built."""
+    emulated, tasks = emulation.emulated_module(), cuda_traffic.tasks(only)
+    if emulated is None or not tasks:
+        return before, longest
+    with TemporaryDirectory() as folder, emulation.start(emulated, Path(folder) / "sanitizers") as pool:
+        counted = [pool.submit(cuda_traffic.counted, *task) for task in tasks]
+        measured = [pool.submit(cuda_traffic.longest_rows, dtype) for dtype in PEER_DTYPES]
+        follow([*counted, *measured])
+    new = [row for future in counted for row in future.result()]
+    done = {row.divergence for row in new}
+    order = [named(kind) for kind in Kind]
+    new += [row for row in before if row.divergence in order and row.divergence not in done]
+    new.sort(key=lambda row: order.index(row.divergence))
+    return new, [row for future in measured for row in future.result()]
 
 
 def with_folder(folder: str, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-__all__ = ["KernelRow", "ModelRow", "TrafficRow", "read", "write"]
+__all__ = ["KernelRow", "LongestRow", "ModelRow", "RowTraffic", "TrafficRow", "read", "write"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,35 @@ class TrafficRow:
 
 
 @dataclass(frozen=True)
+class RowTraffic:
+    """What a call of the divergence in CUDA C++ moves of whole rows, per position of the logits, as the emulated device counted."""
+
+    divergence: str
+    call: str
+    """forward, backward or fused; the gradient is the student's."""
+    dtype: str
+    kernels: str
+    """That it launches."""
+    loaded: float
+    """Bytes."""
+    stored: float
+
+    @property
+    def bytes(self) -> float:
+        return self.loaded + self.stored
+
+
+@dataclass(frozen=True)
+class LongestRow:
+    """The largest vocabulary whose rows a divergence in CUDA C++ keeps on the chip."""
+
+    target: str
+    dtype: str
+    """Of both sides."""
+    vocab: int
+
+
+@dataclass(frozen=True)
 class ModelRow:
     """Modelled time of all kernels of a call, forward and backward, in picoseconds per logit. No measurement."""
 
@@ -82,6 +111,8 @@ Row = TypeVar("Row")
 
 
 def write(path: Path, rows: Sequence[Any]) -> None:
+    if not rows:
+        return
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(rows[0])], lineterminator="\n")
         writer.writeheader()

@@ -15,6 +15,7 @@
 #if defined(KD_EMULATED)
 #include <pybind11/stl.h>
 
+#include "cuda/divergence_on_chip.cuh"
 #include "testing/faulty_kernels.h"
 #else
 #include <cuda_runtime_api.h>
@@ -36,6 +37,25 @@ struct OnDevice {
 std::string device_error() { return ""; }
 
 py::tuple versions() { return py::make_tuple(0, 0); }
+
+// The kernels as those of a device with so much shared memory of a block, with clusters or without.
+void emulate_device(int64_t most_shared_bytes, bool clusters) { emulation::device() = {most_shared_bytes, clusters}; }
+
+py::dict recorded() {
+  py::dict found;
+  for (const auto& [name, record] : emulation::records())
+    found[py::str(name)] = py::make_tuple(record.loaded, record.stored, record.cluster);
+  return found;
+}
+
+bool divergence_fits_on_chip(int64_t rows, int64_t vocab, int student_dtype, int teacher_dtype) {
+  RowProblem problem;
+  problem.rows = rows;
+  problem.vocab = vocab;
+  problem.student = matrix(0, vocab, student_dtype);
+  problem.teacher = matrix(0, vocab, teacher_dtype);
+  return cuda::fits_on_chip(problem);
+}
 
 #else
 
@@ -93,11 +113,16 @@ PYBIND11_MODULE(KD_MODULE_NAME, module) {
 #if defined(KD_EMULATED)
   module.def("faulty_kernels", &emulation::faulty_kernels);
   module.def("run_faulty", &emulation::run_faulty);
+  module.def("emulate_device", &emulate_device);
+  module.def("forget_records", [] { emulation::records().clear(); });
+  module.def("records", &recorded, "(bytes of rows loaded, stored, blocks of a cluster) of launches since, by name.");
+  module.def("divergence_fits_on_chip", &divergence_fits_on_chip);
 #endif
   module.attr("SAVED_STATISTICS") = cuda::saved_statistics;
   module.attr("SPARSE_STATISTICS") = cuda::sparse_statistics;
   module.def("divergence_forward", &divergence<Device, &on_gpu<&cuda::divergence_forward, RowProblem>>);
   module.def("divergence_backward", &divergence<Device, &on_gpu<&cuda::divergence_backward, RowProblem>>);
+  module.def("divergence_fused", &divergence<Device, &on_gpu<&cuda::divergence_fused, RowProblem>>);
   module.def("topk", &topk<Device, &on_gpu<&cuda::topk, TopKProblem>>);
   module.def("sample", &sample<Device, &on_gpu<&cuda::sample, SampleProblem>>);
   module.def("pack_records", &pack_records<Device, &on_gpu<&cuda::pack_records, RecordProblem>>);

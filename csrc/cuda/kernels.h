@@ -16,6 +16,7 @@ constexpr int sparse_statistics = 8;
 
 std::string divergence_forward(const RowProblem& problem, void* stream);
 std::string divergence_backward(const RowProblem& problem, void* stream);
+std::string divergence_fused(const RowProblem& problem, void* stream);  // values and the gradients that are wanted
 std::string sparse_divergence(SparseProblem& problem, void* stream);
 std::string token_statistics(const RowProblem& problem, void* stream);
 

@@ -8,6 +8,9 @@
 
 namespace kd::cuda {
 
+// Shared memory of every block that the system keeps to itself.
+constexpr int64_t reserved_shared_bytes = 1 << 10;
+
 // How many blocks: `x` by `y`; `cluster` of them, next to each other along x, may read each other's shared memory.
 struct Grid {
   unsigned x;
@@ -22,8 +25,8 @@ using LaunchStream = void*;
 
 // A small device, so that tests see rows shared by blocks.
 inline int multiprocessors() { return 8; }
-inline bool has_clusters() { return true; }
-inline int64_t most_shared_bytes() { return 48 << 10; }
+inline bool has_clusters() { return emulation::device().clusters; }
+inline int64_t most_shared_bytes() { return emulation::device().most_shared_bytes; }
 
 template <class Kernel>
 std::string allow_shared_bytes(const char*, Kernel*, int64_t) {

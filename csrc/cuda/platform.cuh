@@ -30,6 +30,19 @@ inline int cluster_blocks() { return emulation::cluster_size(); }
 inline int cluster_rank() { return emulation::cluster_rank(); }
 #define KD_SYNC_CLUSTER() ::kd::emulation::sync_cluster(__LINE__)
 
+// What goes to and from rows in memory goes this way: the emulator counts its bytes.
+template <class T>
+T read_memory(const T* address) {
+  emulation::count_loaded(sizeof(T));
+  return *address;
+}
+
+template <class T>
+void write_memory(T* address, T value) {
+  emulation::count_stored(sizeof(T));
+  *address = value;
+}
+
 // An element of the same shared array in another block of the cluster.
 template <class T, class Integer>
 T of_peer(const SharedView<T>& shared, int rank, Integer index) {
@@ -48,6 +61,16 @@ using SharedView = T*;
   T* const name = reinterpret_cast<T*>(name##_raw)
 
 #define KD_PLACE(element) (&(element))
+
+template <class T>
+__device__ __forceinline__ T read_memory(const T* address) {
+  return *address;
+}
+
+template <class T>
+__device__ __forceinline__ void write_memory(T* address, T value) {
+  *address = value;
+}
 
 __device__ __forceinline__ int cluster_blocks() {
 #if __CUDA_ARCH__ >= 900

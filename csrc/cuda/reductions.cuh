@@ -104,30 +104,45 @@ __device__ __forceinline__ Value sum_up_to_thread(Value value, SharedView<Value>
   return before + value;
 }
 
-// The same over the blocks of a cluster, which share a row: through each other's shared memory, in the order of their ranks.
-template <class Real>
+// The same of up to `most` numbers at once, over the blocks of a cluster, which share a row: through each other's shared memory,
+// in the order of their ranks.
+template <class Real, int most>
 struct ClusterSums {
+  static constexpr int scratch_elements = most * warp_lanes;
   SharedView<Real> scratch;
-  SharedView<Real> published;  // one element
+  SharedView<Real> published;  // `most` elements
 
-  __device__ __forceinline__ Real max(Real own) const {
-    return combined(BlockSums<Real>{scratch}.max(own), Largest<Real>{});
+  template <int count>
+  __device__ __forceinline__ void max(Real (&numbers)[count]) const {
+    combine(numbers, Largest<Real>{});
   }
-  __device__ __forceinline__ Real total(Real own) const {
-    return combined(BlockSums<Real>{scratch}.total(own), Add<Real>{});
+  template <int count>
+  __device__ __forceinline__ void total(Real (&numbers)[count]) const {
+    combine(numbers, Add<Real>{});
   }
 
  private:
-  template <class Combine>
-  __device__ __forceinline__ Real combined(Real found, Combine combine) const {
+  template <int count, class Combine>
+  __device__ __forceinline__ void combine(Real (&numbers)[count], Combine combine) const {
+    static_assert(count <= most);
+#pragma unroll
+    for (int i = 0; i < count; ++i) numbers[i] = over_block(numbers[i], scratch + i * warp_lanes, combine);
     const int blocks = cluster_blocks();
-    if (blocks == 1) return found;
-    if (threadIdx.x == 0) published[0] = found;
+    if (blocks == 1) {
+      __syncthreads();  // scratch is free again
+      return;
+    }
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int i = 0; i < count; ++i) published[i] = numbers[i];
+    }
     KD_SYNC_CLUSTER();
-    found = of_peer(published, 0, 0);
-    for (int rank = 1; rank < blocks; ++rank) found = combine(found, of_peer(published, rank, 0));
-    KD_SYNC_CLUSTER();  // all have read it
-    return found;
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      numbers[i] = of_peer(published, 0, i);
+      for (int rank = 1; rank < blocks; ++rank) numbers[i] = combine(numbers[i], of_peer(published, rank, i));
+    }
+    KD_SYNC_CLUSTER();  // all have read them
   }
 };
 

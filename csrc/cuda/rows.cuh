@@ -30,7 +30,7 @@ struct Span {
 };
 
 // The part of a row that one of several blocks walks; it begins where the vectors of the row do.
-__device__ __forceinline__ Span part_of_row(int64_t vocab, int blocks, int rank) {
+__host__ __device__ __forceinline__ Span part_of_row(int64_t vocab, int blocks, int rank) {
   const int64_t vectors = (vocab + most_entries - 1) / most_entries;
   const int64_t length = (vectors + blocks - 1) / blocks * most_entries;
   const int64_t begin = rank * length, end = begin + length;
@@ -60,6 +60,13 @@ __host__ __device__ __forceinline__ int64_t dtype_bytes(DType dtype) {
   return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
 }
 
+// The logits of a thread's step as they are stored: one vector of a half dtype, two of float.
+struct Packed {
+  uint4 vectors[2];
+};
+
+__host__ __device__ __forceinline__ int packed_vectors(DType dtype) { return dtype == DType::float32 ? 2 : 1; }
+
 template <class Real>
 struct Row {
   const char* data = nullptr;
@@ -85,38 +92,67 @@ struct Row {
 
   __device__ __forceinline__ Real load_one(int64_t column) const {
     if constexpr (sizeof(Real) == 8) {  // else no side is double
-      if (dtype == DType::float64) return reinterpret_cast<const double*>(data)[column];
+      if (dtype == DType::float64) return read_memory(reinterpret_cast<const double*>(data) + column);
     }
     switch (dtype) {
-      case DType::float32: return static_cast<Real>(reinterpret_cast<const float*>(data)[column]);
+      case DType::float32: return static_cast<Real>(read_memory(reinterpret_cast<const float*>(data) + column));
       case DType::bfloat16:
-        return static_cast<Real>(KD_ISA::bfloat_to_float(reinterpret_cast<const uint16_t*>(data)[column]));
-      default: return static_cast<Real>(KD_ISA::half_to_float(reinterpret_cast<const uint16_t*>(data)[column]));
+        return static_cast<Real>(
+            KD_ISA::bfloat_to_float(read_memory(reinterpret_cast<const uint16_t*>(data) + column)));
+      default:
+        return static_cast<Real>(KD_ISA::half_to_float(read_memory(reinterpret_cast<const uint16_t*>(data) + column)));
     }
   }
 
   __device__ __forceinline__ void load_vectors(int64_t column, Real* out) const {
-    if (dtype == DType::float32) {
-      const float4* source = reinterpret_cast<const float4*>(data + column * 4);
-#pragma unroll
-      for (int i = 0; i < most_entries / 4; ++i) {
-        const float4 four = source[i];
-        out[4 * i] = four.x, out[4 * i + 1] = four.y, out[4 * i + 2] = four.z, out[4 * i + 3] = four.w;
-      }
-    } else if (sizeof(Real) == 8 && dtype == DType::float64) {
+    if (sizeof(Real) == 8 && dtype == DType::float64) {
 #pragma unroll
       for (int i = 0; i < most_entries; ++i) out[i] = load_one(column + i);
     } else {
-      const uint4 eight = *reinterpret_cast<const uint4*>(data + column * 2);
-      const unsigned words[4] = {eight.x, eight.y, eight.z, eight.w};
-      const bool brain = dtype == DType::bfloat16;
+      unpack(load_packed_vectors(column), out);
+    }
+  }
+
+  // As stored, of any dtype but double. What lies outside the row is zero bits.
+  __device__ __forceinline__ Packed load_packed(const Columns& columns, bool whole) const {
+    if (whole && columns.step == 1) return load_packed_vectors(columns.first);
+    unsigned words[most_entries] = {};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint16_t low = static_cast<uint16_t>(words[i]), high = static_cast<uint16_t>(words[i] >> 16);
-        out[2 * i] = static_cast<Real>(brain ? KD_ISA::bfloat_to_float(low) : KD_ISA::half_to_float(low));
-        out[2 * i + 1] = static_cast<Real>(brain ? KD_ISA::bfloat_to_float(high) : KD_ISA::half_to_float(high));
+    for (int i = 0; i < most_entries; ++i) {
+      if (!columns.valid(i)) continue;
+      if (dtype == DType::float32) {
+        words[i] = read_memory(reinterpret_cast<const unsigned*>(data) + columns.at(i));
+      } else {
+        const unsigned bits = read_memory(reinterpret_cast<const uint16_t*>(data) + columns.at(i));
+        words[i / 2] |= i % 2 ? bits << 16 : bits;
       }
     }
+    return {{{words[0], words[1], words[2], words[3]}, {words[4], words[5], words[6], words[7]}}};
+  }
+
+  __device__ __forceinline__ void unpack(const Packed& packed, Real* out) const {
+    const uint4 low = packed.vectors[0], high = packed.vectors[1];
+    const unsigned words[most_entries] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    if (dtype == DType::float32) {
+#pragma unroll
+      for (int i = 0; i < most_entries; ++i) out[i] = static_cast<Real>(KD_ISA::math::bit_cast<float>(words[i]));
+      return;
+    }
+    const bool brain = dtype == DType::bfloat16;
+#pragma unroll
+    for (int i = 0; i < most_entries; ++i) {
+      const uint16_t bits = static_cast<uint16_t>(i % 2 ? words[i / 2] >> 16 : words[i / 2]);
+      out[i] = static_cast<Real>(brain ? KD_ISA::bfloat_to_float(bits) : KD_ISA::half_to_float(bits));
+    }
+  }
+
+ private:
+  __device__ __forceinline__ Packed load_packed_vectors(int64_t column) const {
+    const uint4* source = reinterpret_cast<const uint4*>(data + column * dtype_bytes(dtype));
+    Packed packed = {};
+    packed.vectors[0] = read_memory(source);
+    if (dtype == DType::float32) packed.vectors[1] = read_memory(source + 1);
+    return packed;
   }
 };
 
@@ -152,14 +188,14 @@ struct Stored {
   __device__ __forceinline__ void store_one(int64_t column, Real value) const {
     if constexpr (sizeof(Real) == 8) {
       if (dtype == DType::float64) {
-        reinterpret_cast<double*>(data)[column] = value;
+        write_memory(reinterpret_cast<double*>(data) + column, static_cast<double>(value));
         return;
       }
     }
     if (dtype == DType::float32) {
-      reinterpret_cast<float*>(data)[column] = static_cast<float>(value);
+      write_memory(reinterpret_cast<float*>(data) + column, static_cast<float>(value));
     } else {
-      reinterpret_cast<uint16_t*>(data)[column] = half_bits(value);
+      write_memory(reinterpret_cast<uint16_t*>(data) + column, half_bits(value));
     }
   }
 
@@ -168,14 +204,14 @@ struct Stored {
       float4* target = reinterpret_cast<float4*>(data + column * 4);
 #pragma unroll
       for (int i = 0; i < most_entries / 4; ++i)
-        target[i] = {static_cast<float>(values[4 * i]), static_cast<float>(values[4 * i + 1]),
-                     static_cast<float>(values[4 * i + 2]), static_cast<float>(values[4 * i + 3])};
+        write_memory(target + i, float4{static_cast<float>(values[4 * i]), static_cast<float>(values[4 * i + 1]),
+                                        static_cast<float>(values[4 * i + 2]), static_cast<float>(values[4 * i + 3])});
     } else {
       unsigned words[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         words[i] = half_bits(values[2 * i]) | static_cast<unsigned>(half_bits(values[2 * i + 1])) << 16;
-      *reinterpret_cast<uint4*>(data + column * 2) = {words[0], words[1], words[2], words[3]};
+      write_memory(reinterpret_cast<uint4*>(data + column * 2), uint4{words[0], words[1], words[2], words[3]});
     }
   }
 };

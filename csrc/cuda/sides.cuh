@@ -50,6 +50,15 @@ struct Logits {
     for (int i = 0; i < entries; ++i) out[i] = floored(capped(out[i], softcap));
   }
 
+  // The same of what `row.load_packed` loaded.
+  __device__ __forceinline__ void unpack(const Packed& packed, const Columns& columns, bool whole, Real* out) const {
+    static_assert(entries == most_entries && !composed);
+    row.unpack(packed, out);
+#pragma unroll
+    for (int i = 0; i < entries; ++i)
+      out[i] = whole || columns.valid(i) ? floored(capped(out[i], softcap)) : static_cast<Real>(logit_floor);
+  }
+
   __device__ __forceinline__ Real one(int64_t column, int64_t vocab) const {
     if constexpr (composed) {
       if (composition->sources) {

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstring>
 #include <exception>
-#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -348,7 +347,22 @@ class Block {
   std::exception_ptr error_;
 };
 
+Record* record = nullptr;  // of the kernel that runs
+
 }  // namespace
+
+Device& device() {
+  static Device device;
+  return device;
+}
+
+std::map<std::string, Record>& records() {
+  static std::map<std::string, Record> records;
+  return records;
+}
+
+void count_loaded(size_t bytes) { record->loaded += bytes; }
+void count_stored(size_t bytes) { record->stored += bytes; }
 
 void run(const Launch& launch, const std::function<void()>& kernel) {
   const uint64_t threads = uint64_t(launch.block.x) * launch.block.y * launch.block.z;
@@ -359,6 +373,13 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
   if (launch.cluster < 1 || launch.cluster > 8 || launch.grid.x % launch.cluster)
     throw Fault(std::string(launch.kernel) + ": a grid of " + std::to_string(launch.grid.x) +
                 " blocks in clusters of " + std::to_string(launch.cluster));
+  if (static_cast<int64_t>(launch.dynamic_shared_bytes) > device().most_shared_bytes)
+    throw Fault(std::string(launch.kernel) + ": " + std::to_string(launch.dynamic_shared_bytes) +
+                " bytes of shared memory, and a block has " + std::to_string(device().most_shared_bytes));
+  if (launch.cluster > 1 && !device().clusters)
+    throw Fault(std::string(launch.kernel) + ": a cluster, and the device has none");
+  record = &records()[launch.kernel];
+  record->cluster = std::max(record->cluster, launch.cluster);
   const unsigned columns = launch.grid.x / launch.cluster;
   std::vector<uint64_t> order(uint64_t(columns) * launch.grid.y * launch.grid.z);
   if (order.empty()) throw Fault(std::string(launch.kernel) + ": an empty grid");

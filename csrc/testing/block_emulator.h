@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -45,6 +46,22 @@ struct Launch {
 
 // Runs `kernel` once per thread. Throws Fault.
 void run(const Launch& launch, const std::function<void()>& kernel);
+
+// The device that is emulated.
+struct Device {
+  int64_t most_shared_bytes = 48 << 10;  // of a block
+  bool clusters = true;
+};
+Device& device();
+
+// What launches of a kernel did since they were forgotten: bytes of rows in memory, and the blocks of its largest cluster.
+struct Record {
+  uint64_t loaded = 0, stored = 0;
+  unsigned cluster = 0;
+};
+std::map<std::string, Record>& records();  // by the names of launches
+void count_loaded(size_t bytes);
+void count_stored(size_t bytes);
 
 // Of the thread that is running.
 Index3 thread_index();

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,11 @@ def loss_and_gradients(
     leaves = [logits.detach().requires_grad_() for logits in (student, teacher)]
     loss = kd.distillation_loss(*leaves, divergence, backend=backend, **options)
     return loss.detach(), *torch.autograd.grad(loss.sum(), leaves)
+
+
+def loss(student: Tensor, teacher: Tensor, divergence: kd.Divergence, backend: str = "cuda") -> Tensor:
+    """Of each row, and no gradients."""
+    return kd.distillation_loss(student, teacher, divergence, reduction="none", backend=backend)
 
 
 def divergence(
@@ -129,3 +134,25 @@ def faulty_kernels() -> list[str]:
 def run_faulty(name: str) -> str:
     """What the emulator says of a kernel that is wrong in one way."""
     return module().run_faulty(name)
+
+
+class Device(NamedTuple):
+    """What a block of the emulated device has of shared memory, and whether blocks come in clusters."""
+
+    shared_bytes: int
+    clusters: bool = True
+
+
+def on_device(device: Device, function: Callable[..., Any], *arguments: Any) -> tuple[Any, dict[str, Any]]:
+    """What a function returns on that device; by the names of kernels (bytes loaded, stored, blocks of a cluster)."""
+    emulated = module()
+    emulated.forget_records()
+    emulated.emulate_device(*device)
+    try:
+        return function(*arguments), emulated.records()
+    finally:
+        emulated.emulate_device(48 << 10, True)
+
+
+def each(function: Callable[..., Any], cases: Sequence[Sequence[Any]]) -> list[Any]:
+    return [function(*arguments) for arguments in cases]
