@@ -165,9 +165,7 @@ template <class Real, int number>
 std::string run(const RowProblem& problem, void* stream) {
   const char* const name = "divergence_on_chip";
   const Shares found = shares(problem);
-  // All that there is, every time: another thread may be about to launch the kernel with more.
-  const std::string error =
-      allow_shared_bytes(name, on_chip_kernel<Real, number>, most_shared_bytes() - declared_bytes);
+  const std::string error = allow_all_shared_bytes(name, on_chip_kernel<Real, number>, declared_bytes);
   if (!error.empty()) return error;
   return launch(name, on_chip_kernel<Real, number>,
                 Grid(static_cast<unsigned>(problem.rows) * found.blocks, 1, found.blocks), found.threads,

@@ -29,7 +29,7 @@ inline bool has_clusters() { return emulation::device().clusters; }
 inline int64_t most_shared_bytes() { return emulation::device().most_shared_bytes; }
 
 template <class Kernel>
-std::string allow_shared_bytes(const char*, Kernel*, int64_t) {
+std::string allow_all_shared_bytes(const char*, Kernel*, int64_t) {
   return {};
 }
 
@@ -83,11 +83,12 @@ inline int64_t most_shared_bytes() {
   return attribute_of_current_device(cudaDevAttrMaxSharedMemoryPerBlockOptin, 48 << 10);
 }
 
-// Lets a kernel have that much of it besides what it declares; more than 48 KiB in all must be asked for.
+// Lets a kernel have all of it besides what it declares; more than 48 KiB must be asked for. Always all: another thread may be
+// about to launch the kernel with more than this one will.
 template <class Kernel>
-std::string allow_shared_bytes(const char* name, Kernel* kernel, int64_t bytes) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+std::string allow_all_shared_bytes(const char* name, Kernel* kernel, int64_t declared_bytes) {
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 static_cast<int>(most_shared_bytes() - declared_bytes));
   return error == cudaSuccess ? std::string() : std::string(name) + ": " + cudaGetErrorString(error) + way_out(error);
 }
 

@@ -241,7 +241,7 @@ std::string launch_transport(const char* name, void (*kernel)(Problem, bool), co
   while (threads < most_transport_threads && threads * 32 < pairs) threads *= 2;
   if (threads > most_transport_threads) threads = most_transport_threads;
   if (kept) {
-    const std::string error = allow_shared_bytes(name, kernel, bytes);
+    const std::string error = allow_all_shared_bytes(name, kernel, declared);
     if (!error.empty()) return error;
   }
   return launch(name, kernel, static_cast<unsigned>(problem.batch), threads, static_cast<size_t>(kept ? bytes : 0),

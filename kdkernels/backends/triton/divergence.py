@@ -16,7 +16,6 @@ from kdkernels.backends.triton.launching import (
     prepare_launch,
     row_arguments,
 )
-from kdkernels.backends.two_launches import fused_by
 
 __all__ = ["SAVED_STATISTICS", "divergence_backward", "divergence_forward", "divergence_fused"]
 
@@ -118,4 +117,18 @@ def divergence_backward(
         )
 
 
-divergence_fused = fused_by(divergence_forward, divergence_backward)
+def divergence_fused(
+    student: Tensor,
+    teacher: Tensor,
+    spec: RowSpec,
+    grad_divergence: Tensor,
+    grad_cross_entropy: Tensor | None,
+    grad_student: Tensor | None,
+    grad_teacher: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(divergence [N], cross_entropy [N] or [0]), and writes the wanted gradients: the two functions above in turn."""
+    divergence, cross_entropy, statistics = divergence_forward(student, teacher, spec)
+    divergence_backward(
+        student, teacher, statistics, spec, grad_divergence, grad_cross_entropy, grad_student, grad_teacher
+    )
+    return divergence, cross_entropy
