@@ -199,7 +199,7 @@ def cost_table(results: Results) -> Table:
                 f"peak memory, {name}",
                 f"{fused / MEBIBYTE:,.0f} MiB",
                 f"{plain / MEBIBYTE:,.0f} MiB",
-                f"{fused / plain:.2f}",
+                f"{fused / plain:.2f}" if plain else "-",  # a small step may find all it needs in use
             )
     return table
 
