@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 
 from .hardware import DEVICES
 from .peers import PeerTraffic
-from .tables import ModelRow
+from .tables import ModelRow, RowTraffic
 
 __all__ = ["draw_bytes", "draw_roofline"]
 
@@ -59,13 +59,32 @@ def draw_roofline(path: Path, rows: Sequence[ModelRow]) -> None:
     plt.close(figure)
 
 
-def draw_bytes(path: Path, peers: Sequence[PeerTraffic]) -> None:
+ON_CHIP = "kdkernels, CUDA C++"
+
+
+def kept_on_chip(peers: Sequence[PeerTraffic], of_cuda: Sequence[RowTraffic]) -> list[PeerTraffic]:
+    """Of the losses that peers compute, what the divergence in CUDA C++ moves where shared memory can hold a row.
+
+    Heads have the gradient in the launch that makes the value; of logits, autograd asks for it later.
+    """
+    found = []
+    for loss, dtype in dict.fromkeys((row.loss, row.dtype) for row in peers):
+        calls = ("fused",) if "heads" in loss else ("forward", "backward")
+        mine = [row for row in of_cuda if loss.startswith(f"{row.divergence} ") and row.dtype == dtype]
+        if mine:
+            least = [min((row for row in mine if row.call == call), key=lambda row: row.loaded) for call in calls]
+            loaded, stored = sum(row.loaded for row in least), sum(row.stored for row in least)
+            found.append(PeerTraffic(ON_CHIP, "", loss, dtype, loaded, stored, 0.0, 0.0))
+    return found
+
+
+def draw_bytes(path: Path, peers: Sequence[PeerTraffic], of_cuda: Sequence[RowTraffic]) -> None:
     """Bytes per logit, those of kernels and those of PyTorch's operations, of every loss that two libraries were counted for."""
-    counted = [row for row in peers if not row.problem]
+    counted = [row for row in (*peers, *kept_on_chip(peers, of_cuda)) if not row.problem]
     groups = [
         (loss, dtype)
         for loss, dtype in dict.fromkeys((row.loss, row.dtype) for row in counted)
-        if len({row.library for row in counted if (row.loss, row.dtype) == (loss, dtype)}) > 1
+        if len({row.library for row in peers if (row.loss, row.dtype, row.problem) == (loss, dtype, "")}) > 1
     ]
     bars = [
         (row, f"{row.library}, {row.dtype}") for group in groups for row in counted if (row.loss, row.dtype) == group
@@ -87,9 +106,9 @@ def draw_bytes(path: Path, peers: Sequence[PeerTraffic]) -> None:
     panel.set_yticks(ticks, names, fontsize=9)
     panel.set_xlabel("bytes loaded and stored per logit position, forward and backward")
     panel.set_xlim(right=1.08 * max(row.total for row, _ in bars))
-    panel.barh([place], [0], color="#1f6fb4", label="Triton kernels, counted in the interpreter")
+    panel.barh([place], [0], color="#1f6fb4", label="kernels (CUDA C++: where a row fits on the chip)")
     panel.barh([place], [0], color="#e0a03c", label="operands of PyTorch's operations")
-    panel.legend(frameon=False, loc="upper right", fontsize=9)
+    panel.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=9)
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)
     figure.tight_layout()

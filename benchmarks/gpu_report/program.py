@@ -68,7 +68,7 @@ def main(
     ):
         tables.write(folder / f"{name}.csv", rows)
     picture.draw_roofline(folder / "roofline.png", modelled)
-    picture.draw_bytes(folder / "bytes.png", others)
+    picture.draw_bytes(folder / "bytes.png", others, of_cuda)
     versions = {name: importlib.metadata.version(name) for name in ("triton", "torch")}
     found = page.measured(folder / "measured.csv")
     text = page.page(kernels, traffic, of_cuda, longest, modelled, others, found, versions, quick)
