@@ -128,6 +128,7 @@ def test_chunks_are_the_finest_that_whole_tokens_cover(pair: tuple[str, list[Spa
     assert mirrored == (found.teacher, found.student, found.spans)
 
 
+@pytest.mark.slow
 @given(texts, st.data())
 def test_a_tokenization_parts_from_itself_at_every_token(text: str, data: Any) -> None:
     spans = cut(data.draw, len(text))

@@ -146,6 +146,7 @@ def test_the_store_holds_what_the_teacher_says(run: Any, folder: Path, teacher: 
     assert f"{len(stream):,} tokens in sequences of 16, sha256:" in str(description.data)
 
 
+@pytest.mark.slow
 def test_top_p_vocabulary_and_limit(run: Any, tmp_path: Path) -> None:
     result = run(tmp_path / "store", top_p=0.3, vocab_size=300, limit=40, separator="e")
     assert result.exit_code == 0, result.output
@@ -399,6 +400,7 @@ def stored(folder: Path, teacher: Teacher, tmp_path_factory: pytest.TempPathFact
     return out
 
 
+@pytest.mark.slow
 def test_inspect(stored: Path, teacher: Teacher, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     result = invoke("inspect", str(stored), "--picture", str(tmp_path / "picture.png"))

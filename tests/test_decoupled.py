@@ -458,6 +458,7 @@ def everything(tensors: pairs.Tensors, share: Tensor, labels: Tensor) -> Tensor:
     )
 
 
+@pytest.mark.slow
 def test_opcheck() -> None:
     tensors = pairs.make("logits-logits")
     calls = recorded(lambda: everything(tensors, pairs.per_token(0, 1), pairs.some_labels()).backward())

@@ -162,6 +162,7 @@ def sparse_calls(pairing: str, kind: str, option: str) -> list[Call]:
     return recorded(lambda: sparse_loss(tensors, kind, **pairs.OPTIONS[option]()).sum().backward())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pairing", "kind", "option"),
     [pytest.param(*case, marks=[] if case == SPARSE[0] else pytest.mark.slow) for case in SPARSE],

@@ -466,6 +466,7 @@ def test_a_given_tail_mass_is_taken() -> None:
     torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 @each_tail
 @each_case
 def test_gradcheck_of_the_reference(case: Case, tail: str) -> None:

@@ -127,6 +127,7 @@ def test_rows_that_do_not_count(emulated: Emulated) -> None:
         assert found[0].ne(0).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [0, 5])
 def test_batches_and_repeatability(rows: int, emulated: Emulated) -> None:
     arguments = (normal(rows, 65), normal(rows, 65, seed=1), kd.ForwardKL(), {"reduction": "none"})

@@ -53,22 +53,12 @@ OTHER_DTYPES = [
     for target in make_plan(["cuda"], [kd.JSD(0.3)], [dtype], quick=True, operations=operations)
 ]
 OTHER_DTYPES += make_plan(["cuda"], [kd.ForwardKL()], [torch.bfloat16], quick=True, operations=["linear_divergence"])
-QUICK = [target for target in EVERYTHING if target.operation == "divergence" and target.divergence == kd.JSD(0.3)]
 
 
-def hold(target: Target, emulated: Emulated) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("target", EVERYTHING + OTHER_DTYPES, ids=name)
+def test_kernels_are_right(target: Target, emulated: Emulated) -> None:
     found = emulated(there.findings, target)
     assert found
     wrong = [one for one in found if not one.passed]
     assert not wrong, "\n".join(str(one) for one in wrong)
-
-
-@pytest.mark.parametrize("target", QUICK, ids=name)
-def test_a_divergence_is_right(target: Target, emulated: Emulated) -> None:
-    hold(target, emulated)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", [one for one in EVERYTHING + OTHER_DTYPES if one not in QUICK], ids=name)
-def test_kernels_are_right(target: Target, emulated: Emulated) -> None:
-    hold(target, emulated)

@@ -171,6 +171,7 @@ def test_what_does_not_count_and_what_is_masked(interpreter: Worker) -> None:
 
 
 @pytest.mark.parametrize("rows", [0, 3], ids=["no tokens", "none that counts"])
+@pytest.mark.slow
 def test_nothing_to_do(interpreter: Worker, rows: int) -> None:
     sides = head(rows, 8, seed=0, bias=True), head(rows, 8, seed=4)
     options = {"mask": torch.zeros(rows, dtype=torch.bool)}

@@ -86,6 +86,7 @@ def compare(interpreter: Worker, given: Problem, options: dict[str, Any], stream
 
 
 @pytest.mark.parametrize("streamed", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["on_chip", "streamed"])
+@pytest.mark.slow
 def test_iterations_and_their_gradient(interpreter: Worker, streamed: bool) -> None:
     compare(interpreter, problem(1, 5, 9), BALANCED | {"max_iterations": 2, "gradient": "unrolled"}, streamed)
 
@@ -254,6 +255,7 @@ CASES += [case(kernel, "sm_90", "bf16") for kernel in ("sinkhorn_adjoint_streame
 CASES += [case("sinkhorn_product", "sm_90", "fp32", COLUMNS=True)]
 
 
+@pytest.mark.slow
 def test_compiles_without_spills(compiler: Worker) -> None:
     assert compiler(aot_transport.compiled_resources, SMOKE)["spilled_bytes"] == 0
 

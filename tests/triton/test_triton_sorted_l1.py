@@ -124,6 +124,7 @@ CASES = [case(target, "fp32") for target in ("sm_80", "sm_100", "gfx942")]
 CASES += [case("gfx942", "bf16", absent=("grad_student", "student_order")), case("sm_80", "bf16", cap=True)]
 
 
+@pytest.mark.slow
 def test_compiles_without_spills(compiler: Worker) -> None:
     assert compiler(aot_transport.compiled_resources, SMOKE)["spilled_bytes"] == 0
 
