@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.backends import HAVE_LISTS, HAVE_LOGITS_FREE_HEADS, row_backend
-from kdkernels.backends.gradient_entries import EntryLists, ListProducts, report_lists
+from kdkernels.backends.gradient_entries import ENTRY_BYTES, LARGEST_SHARE, EntryLists, ListProducts, report_lists
 from kdkernels.backends.rows import RowSpec, Side, Tempering, compute_dtype
 
 __all__ = [
@@ -100,25 +100,29 @@ def without_logits(student: Side, teacher: Side, spec: RowSpec, memory_budget: i
 
 
 class ListSettings(NamedTuple):
-    """Of heads whose gradients come as lists."""
+    """Of heads whose gradients come as lists: how the memory budget is shared out."""
 
     backend: str
+    share_of_logits: float
     bytes_per_head: int
 
 
-SHARE_OF_LOGITS = 0.75
-"""Of the memory budget, where the rest is for lists."""
+LEAST_SHARE_OF_LISTS = 1 / 8
+"""Of the memory budget: with less, lists are multiplied so often that reading the weights for it shows."""
 
 
 def list_settings(
     sides: list[Side], needs: Sequence[Needs], spec: RowSpec, memory_budget: int | None, backend: str
 ) -> ListSettings | None:
     """How lists are kept, or None where the gradient is exact: without a tolerance, and in float64."""
-    heads = sum(side.weight is not None and any(need) for side, need in zip(sides, needs, strict=True))
+    listed = [side.weight for side, need in zip(sides, needs, strict=True) if side.weight is not None and any(need)]
     double = any(side.tensor.dtype == torch.float64 for side in sides)
-    if spec.gradient_tolerance == 0 or backend not in HAVE_LISTS or double or not heads:
+    if spec.gradient_tolerance == 0 or backend not in HAVE_LISTS or double or not listed:
         return None
-    return ListSettings(backend, int((1 - SHARE_OF_LOGITS) * budget_of(sides[0], memory_budget)) // heads)
+    # Lists as long as they may be, of as many rows as there are logits of.
+    longest = sum(LARGEST_SHARE * ENTRY_BYTES * weight.shape[0] for weight in listed)
+    share = max(LEAST_SHARE_OF_LISTS, longest / (longest + logits_bytes(sides)))
+    return ListSettings(backend, 1 - share, int(share * budget_of(sides[0], memory_budget)) // len(listed))
 
 
 class Head:
@@ -410,7 +414,7 @@ def divergence_with_gradients(
     settings = list_settings([student, teacher], needs, spec, memory_budget, backend)
     sources = Heads(student, teacher, spec, needs, settings)
     heads = sources.heads
-    for chunk in chunks(sources.sides, memory_budget, share=SHARE_OF_LOGITS if settings else 1.0):
+    for chunk in chunks(sources.sides, memory_budget, share=settings.share_of_logits if settings else 1.0):
         logits, part_spec = sources.read(chunk)
         gradients = [head.gradient_buffer(part, chunk) for head, part in zip(heads, logits, strict=True)]
         lists = tuple(head.lists(chunk) for head in heads)

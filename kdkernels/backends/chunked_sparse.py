@@ -13,7 +13,6 @@ from torch import Tensor
 
 from kdkernels.backends import row_backend
 from kdkernels.backends.chunked_head import (
-    SHARE_OF_LOGITS,
     Head,
     Needs,
     SideGradients,
@@ -72,7 +71,7 @@ def divergence(
     head = Head(student, needs, spec.active, settings)
     dense = needs_dense_rows(teacher.policy, spec.kind)
     extra = vocab * dtype.itemsize if dense else 0
-    share = SHARE_OF_LOGITS if settings else 1.0
+    share = settings.share_of_logits if settings else 1.0
     for chunk in chunks([student], memory_budget, extra_row_bytes=extra, share=share):
         logits = head.logits(chunk)
         gradient = head.gradient_buffer(logits, chunk)

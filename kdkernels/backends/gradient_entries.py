@@ -16,10 +16,13 @@ from torch import Tensor
 
 from kdkernels.backends import row_backend
 
-__all__ = ["EntryLists", "GradientReport", "ListProducts", "report_lists"]
+__all__ = ["ENTRY_BYTES", "LARGEST_SHARE", "EntryLists", "GradientReport", "ListProducts", "report_lists"]
 
 LARGEST_SHARE = 0.12
 """Of a chunk's entries in its lists: beyond it, products of lists take longer than dense ones."""
+
+ENTRY_BYTES = 8
+"""Of a list: an id and a value."""
 
 
 class EntryLists(NamedTuple):
@@ -58,7 +61,7 @@ class ListProducts:
     def __init__(self, backend: str, weight: Tensor, rows: int, bytes_: int) -> None:
         self.kernels: Any = row_backend(backend)
         self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
-        capacity = max(bytes_ // 8, rows * math.ceil(LARGEST_SHARE * weight.shape[0]))
+        capacity = max(bytes_ // ENTRY_BYTES, rows * math.ceil(LARGEST_SHARE * weight.shape[0]))
         self.columns = torch.empty(capacity, dtype=torch.int32)
         self.values = torch.empty(capacity, dtype=torch.float32)
         self.counts: list[Tensor] = []
