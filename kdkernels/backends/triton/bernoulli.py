@@ -32,10 +32,6 @@ def bernoulli(
                 grad_values,
                 **row_arguments(spec),
                 FORM=spec.kind,
-                COMPUTE=launch.compute,
-                UNROLL=launch.unroll,
-                LANES=launch.lanes,
-                WIDTH=launch.width,
-                num_warps=launch.num_warps,
+                **launch.options,
             )
     return values

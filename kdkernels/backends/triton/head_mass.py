@@ -30,10 +30,6 @@ def head_mass(teacher: Tensor, student: Tensor | None, spec: RowSpec) -> tuple[T
                 gaps,
                 **row_arguments(spec),
                 CROSSING=spec.b != 0,
-                COMPUTE=launch.compute,
-                UNROLL=launch.unroll,
-                LANES=launch.lanes,
-                WIDTH=launch.width,
-                num_warps=launch.num_warps,
+                **launch.options,
             )
     return thresholds, gaps

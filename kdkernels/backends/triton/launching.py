@@ -222,6 +222,17 @@ class Launch(NamedTuple):
     def stride(self, tensor: Tensor | None) -> int:
         return 0 if tensor is None else tensor.stride(0) // self.width
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What kernels take that walk a row tile by tile."""
+        return {
+            "COMPUTE": self.compute,
+            "UNROLL": self.unroll,
+            "LANES": self.lanes,
+            "WIDTH": self.width,
+            "num_warps": self.num_warps,
+        }
+
 
 def prepare_launch(student: Tensor, *others: Tensor | None, kernel: str = "") -> Launch:
     """`student` [N, V] and whatever else [N, V] the kernel reads or writes. `kernel`: whose sizes may have been tuned."""

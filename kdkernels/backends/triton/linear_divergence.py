@@ -143,7 +143,7 @@ class Problem:
         logits = {"PRECISION": self.precision, "HIDDEN": self.forward.hidden, "SPLIT": self.forward.split}
         logits |= {"ROWS": self.forward.rows, "COLUMNS": self.forward.columns}
         sides = self.student.arguments, self.teacher.arguments, self.rows, self.vocab, self.splits
-        grid = self.blocks, self.splits
+        grid = -(-self.rows // self.forward.rows), self.splits
         kernels.linear_divergence_sweep_kernel[grid](*sides, states, labels, **shared, **logits, **self.launch("sweep"))
         kernels.linear_divergence_merge_kernel[(self.rows,)](
             states,

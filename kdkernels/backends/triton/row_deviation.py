@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from kdkernels.backends.rows import compute_dtype
-from kdkernels.backends.triton.launching import Launch, load_kernels, on_device_of, prepare_launch
+from kdkernels.backends.triton.launching import load_kernels, on_device_of, prepare_launch
 
 __all__ = ["row_deviation", "row_deviation_backward"]
-
-
-def sizes(launch: Launch) -> dict[str, Any]:
-    return {
-        "COMPUTE": launch.compute,
-        "UNROLL": launch.unroll,
-        "LANES": launch.lanes,
-        "WIDTH": launch.width,
-        "num_warps": launch.num_warps,
-    }
 
 
 def row_deviation(logits: Tensor, least: float) -> tuple[Tensor, Tensor]:
@@ -31,7 +19,7 @@ def row_deviation(logits: Tensor, least: float) -> tuple[Tensor, Tensor]:
     if rows:
         with on_device_of(logits, "row_deviation"):
             load_kernels().row_deviation.row_deviation_kernel[(rows,)](
-                logits, launch.stride(logits), vocab_size, least, means, deviations, **sizes(launch)
+                logits, launch.stride(logits), vocab_size, least, means, deviations, **launch.options
             )
     return means, deviations
 
@@ -50,5 +38,5 @@ def row_deviation_backward(logits: Tensor, means: Tensor, deviations: Tensor, gr
                 vocab_size,
                 means,
                 deviations,
-                **sizes(launch),
+                **launch.options,
             )

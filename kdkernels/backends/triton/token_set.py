@@ -34,10 +34,6 @@ def token_set(
                 spec.student_temperature,
                 spec.student_softcap,
                 HAS_CAP=spec.student_softcap != 0,
-                COMPUTE=launch.compute,
-                UNROLL=launch.unroll,
-                LANES=launch.lanes,
-                WIDTH=launch.width,
-                num_warps=launch.num_warps,
+                **launch.options,
             )
     return values

@@ -37,10 +37,6 @@ def token_statistics(student: Tensor, teacher: Tensor | None, spec: RowSpec) -> 
                 spec.labels,
                 **row_arguments(spec),
                 **composition_arguments(spec),
-                COMPUTE=launch.compute,
-                UNROLL=launch.unroll,
-                LANES=launch.lanes,
-                WIDTH=launch.width,
-                num_warps=launch.num_warps,
+                **launch.options,
             )
     return values, argmax
