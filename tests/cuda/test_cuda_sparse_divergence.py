@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import emulated as there
 import pytest
+import sparse_kernels
 import torch
-from accuracy import check
-from sparse_truth import TAILS, allowed, evaluate, ragged_teacher
+from sparse_truth import allowed, each_tail, evaluate, ragged_teacher
 from torch import Tensor
 from truth import EVERY_DIVERGENCE, Case, each_divergence, log_softmax, random_logits
 
@@ -24,34 +25,15 @@ pytestmark = pytest.mark.slow
 
 Emulated = Callable[..., Any]
 FORWARD_KL, REVERSE_KL, JSD = (EVERY_DIVERGENCE[place] for place in (0, 1, 3))
-each_tail = pytest.mark.parametrize("tail", TAILS)
 
 
 def check_case(
     emulated: Emulated, case: Case, student: Tensor, k: int, tail: str, offset: int = 0, **options: Any
 ) -> None:
-    """Value and gradient; the same written over the logits, and the value alone."""
-    teacher = random_logits(student.shape[1], torch.float64, rows=len(student))[1]
-    ids, log_p = ragged_teacher(teacher, k)
-    compute = torch.float64 if student.dtype == torch.float64 else torch.float32
-    upstream = torch.linspace(-1.5, 2.0, len(student), dtype=compute)
-    rows = SparseRows(int(Policy[tail.upper()]), ids, log_p)
-    spec = RowSpec(*case.divergence.form, **options)
-    value, _, gradient = emulated(there.sparse_divergence, student, rows, spec, upstream, None, False, offset)
-    tempers = {
-        "temperature": spec.student_temperature if spec.student_temperatures is None else spec.student_temperatures,
-        "tau": spec.teacher_temperature if spec.teacher_temperatures is None else spec.teacher_temperatures,
-    }
-    plain, truth = (
-        evaluate(case, student, ids, log_p, tail, upstream, dtype, **tempers) for dtype in (compute, torch.float64)
-    )
-    check("value", value, plain.value, truth.value, 4 * truth.value_size)
-    check("gradient", gradient, plain.gradient, truth.gradient, 4 * truth.gradient_size)
-    _, _, written_over = emulated(there.sparse_divergence, student, rows, spec, upstream, None, True, offset)
-    assert torch.equal(written_over, gradient)
-    alone, _, nothing = emulated(there.sparse_divergence, student, rows, spec, None, None, False, offset)
-    assert nothing is None
-    assert torch.equal(alone, value)
+    def run(*arguments: Any) -> Any:
+        return emulated(there.sparse_divergence, *arguments, offset)
+
+    sparse_kernels.check_case(run, case, student, k, tail, **options)
 
 
 @pytest.mark.slow
@@ -102,22 +84,7 @@ def test_all_of_the_vocabulary_is_named(tail: str, emulated: Emulated) -> None:
 
 @each_tail
 def test_hard_rows(tail: str, emulated: Emulated) -> None:
-    student, teacher = random_logits(130, rows=4)
-    student[0, :70] = -torch.inf
-    student[1] = 1e4 * student[1].sign() + student[1]
-    student[2, :] = -torch.inf
-    ids, log_p = ragged_teacher(teacher, 9)
-    rows = SparseRows(int(Policy[tail.upper()]), ids, log_p)
-    spec, upstream = RowSpec(*FORWARD_KL.divergence.form), torch.full((4,), 1.5)
-    value, _, gradient = emulated(there.sparse_divergence, student, rows, spec, upstream)
-    plain, truth = (
-        evaluate(FORWARD_KL, student, ids, log_p, tail, upstream, dtype) for dtype in (torch.float32, torch.float64)
-    )
-    check("value", value, plain.value, truth.value, 4 * truth.value_size)
-    masked = student < -1e5
-    near, exact = (each.gradient.masked_fill(masked, 0) for each in (plain, truth))
-    check("gradient", gradient, near, exact, truth.gradient_size + 1.5 * truth.value_size.unsqueeze(-1))
-    assert bool((gradient[masked] == 0).all())
+    sparse_kernels.check_hard_rows(partial(emulated, there.sparse_divergence), tail)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 6.0])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import interpreted
 import pytest
+import sparse_kernels
 import torch
-from accuracy import check
 from sparse_truth import TAILS, allowed, evaluate, ragged_teacher
 from torch import Tensor
 from truth import EVERY_DIVERGENCE, Case, each_divergence, log_softmax, random_logits
@@ -24,24 +25,7 @@ FORWARD_KL, JSD = EVERY_DIVERGENCE[0], EVERY_DIVERGENCE[3]
 
 
 def check_case(interpreter: Interpreter, case: Case, student: Tensor, k: int, tail: str, **options: Any) -> None:
-    teacher = random_logits(student.shape[1], torch.float64, rows=len(student))[1]
-    ids, log_p = ragged_teacher(teacher, k)
-    compute = torch.float64 if student.dtype == torch.float64 else torch.float32
-    upstream = torch.linspace(-1.5, 2.0, len(student), dtype=compute)
-    rows = SparseRows(int(Policy[tail.upper()]), ids, log_p)
-    spec = RowSpec(*case.divergence.form, **options)
-    value, _, gradient = interpreter(interpreted.sparse_divergence, student, rows, spec, upstream)
-    tempers = {"temperature": spec.student_temperature, "tau": spec.teacher_temperature}
-    plain, truth = (
-        evaluate(case, student, ids, log_p, tail, upstream, dtype, **tempers) for dtype in (compute, torch.float64)
-    )
-    check("value", value, plain.value, truth.value, 4 * truth.value_size)
-    check("gradient", gradient, plain.gradient, truth.gradient, 4 * truth.gradient_size)
-    _, _, written_over = interpreter(interpreted.sparse_divergence, student.clone(), rows, spec, upstream, None, True)
-    assert torch.equal(written_over, gradient)
-    alone, _, nothing = interpreter(interpreted.sparse_divergence, student, rows, spec, None)
-    assert nothing is None
-    assert torch.equal(alone, value)
+    sparse_kernels.check_case(partial(interpreter, interpreted.sparse_divergence), case, student, k, tail, **options)
 
 
 @pytest.mark.parametrize("tail", TAILS)
@@ -69,30 +53,9 @@ def test_temperatures(interpreter: Interpreter) -> None:
         check_case(interpreter, FORWARD_KL, student, 9, tail, student_temperature=1.7, teacher_temperature=0.6)
 
 
-def hard_rows() -> Tensor:
-    student, _ = random_logits(130, rows=4)
-    student[0, :70] = -torch.inf
-    student[1] = 1e4 * student[1].sign() + student[1]
-    student[2, :] = -torch.inf
-    return student
-
-
 @pytest.mark.parametrize("tail", TAILS)
 def test_hard_rows(tail: str, interpreter: Interpreter) -> None:
-    student = hard_rows()
-    _, teacher = random_logits(130, rows=4)
-    ids, log_p = ragged_teacher(teacher, 9)
-    rows = SparseRows(int(Policy[tail.upper()]), ids, log_p)
-    spec, upstream = RowSpec(*FORWARD_KL.divergence.form), torch.full((4,), 1.5)
-    value, _, gradient = interpreter(interpreted.sparse_divergence, student, rows, spec, upstream)
-    plain, truth = (
-        evaluate(FORWARD_KL, student, ids, log_p, tail, upstream, dtype) for dtype in (torch.float32, torch.float64)
-    )
-    check("value", value, plain.value, truth.value, 4 * truth.value_size)
-    masked = student < -1e5
-    near, exact = (each.gradient.masked_fill(masked, 0) for each in (plain, truth))
-    check("gradient", gradient, near, exact, truth.gradient_size + 1.5 * truth.value_size.unsqueeze(-1))
-    assert bool((gradient[masked] == 0).all())
+    sparse_kernels.check_hard_rows(partial(interpreter, interpreted.sparse_divergence), tail)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 6.0])
